@@ -1,0 +1,213 @@
+"""The direction of imports and what no room may do, read from the source (DESIGN section 2).
+
+The tables say what is allowed; a room that is not written yet is simply absent, a file that no table names fails.
+"""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = (
+    ("ground", {"config", "distributed", "records", "tokenizer", "gguf_tokenizer"}),
+    ("parts", {"backbone", "attention", "lora", "recompute", "sharding", "weights", "mixture", "metrics", "testsets"}),
+    ("composition", {"encoder", "loss", "batches", "optim", "checkpoint"}),
+    (
+        "entries",
+        {"train", "encode", "evaluate", "data", "mine", "merge", "export", "plan", "verify_grad", "report"},
+    ),
+)
+ENTRY_IMPORTS = {("evaluate", "encode"), ("train", "evaluate"), ("train", "encode")}  # other entries know no entry
+SYNTH_IMPORTS = {"config", "records"}  # and each other; torch takes seconds to import, and API machines have none
+KERNEL_IMPORTS = {"torch", "triton", "numpy", "e5kernels"}  # and the standard library
+NEVER_IMPORTED = {"tests", "bench", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+ENVIRONMENT_READERS = {"distributed"}
+RANK_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+ARCHITECTURES = ("mistral", "llama", "qwen", "gemma", "smollm")
+ARCHITECTURE_FREE = {"train", "sharding"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "torch.load", "torch.save", "__import__"}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+def sources(folder: str) -> dict[str, ast.Module]:
+    """Every module under a package folder: its dotted name within the package -> its tree."""
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT / folder).with_suffix("").parts) for path in paths]
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in zip(names, paths, strict=True)}
+
+
+PROGRAM = sources("e5core")
+KERNELS = sources("kernels/e5kernels")
+ROOMS = {name: tree for name, tree in PROGRAM.items() if "." not in name and name != "__init__"}
+SYNTH = {name: tree for name, tree in PROGRAM.items() if name.startswith("synth.")}
+MODULES = {f"e5core.{name}": tree for name, tree in PROGRAM.items()} | {
+    f"e5kernels.{name}": tree for name, tree in KERNELS.items()
+}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """The full dotted names that a module imports; `from a import b` counts as a.b, relative imports as "."."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {"." if node.level else f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms_imported(tree: ast.AST) -> set[str]:
+    """The e5core modules that a module imports: `config`, `synth`."""
+    return {name.split(".")[1] for name in imports(tree) if name.startswith("e5core.")}
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute chain that starts at a name, else the empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (front := dotted(node.value)):
+        return f"{front}.{node.attr}"
+    return ""
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported: everything outside functions' bodies."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Function):
+            continue
+        yield child
+        yield from at_import(child)
+
+
+def floor_of(room: str) -> int:
+    return next((height for height, (_, rooms) in enumerate(FLOORS) if room in rooms), -1)
+
+
+def test_there_are_rooms_to_check() -> None:
+    assert {"config", "distributed", "metrics"} <= set(ROOMS)
+
+
+def test_every_file_of_the_program_has_a_floor() -> None:
+    homeless = {name for name in ROOMS if floor_of(name) < 0}
+    strays = {name for name in PROGRAM if "." in name and not name.startswith("synth.")}
+    assert not homeless | strays, "name the room in FLOORS (DESIGN section 2), or move it"
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_run_down_only(room: str) -> None:
+    for imported in rooms_imported(ROOMS[room]):
+        assert imported in ROOMS, f"e5core.{room} imports e5core.{imported}, which is no room that others may import"
+        if floor_of(room) == floor_of(imported) == len(FLOORS) - 1:
+            assert (room, imported) in ENTRY_IMPORTS, f"entry {room} imports entry {imported}"
+        assert floor_of(imported) <= floor_of(room), f"e5core.{room} imports e5core.{imported}, a floor above it"
+
+
+def test_imports_make_no_circle() -> None:
+    graph = {
+        name: {other for other in MODULES if any(f"{taken}.".startswith(f"{other}.") for taken in imports(tree))}
+        for name, tree in MODULES.items()
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_kernels_import_torch_triton_numpy_and_the_standard_library_only() -> None:
+    for name, tree in KERNELS.items():
+        tops = {taken.split(".")[0] for taken in imports(tree)}
+        assert tops <= KERNEL_IMPORTS | sys.stdlib_module_names, f"e5kernels.{name}"
+
+
+def test_synth_and_what_it_imports_never_import_torch() -> None:
+    for name, tree in SYNTH.items():
+        assert rooms_imported(tree) <= SYNTH_IMPORTS | {"synth"}, f"e5core.{name}"
+    for name, tree in {**SYNTH, **{room: ROOMS[room] for room in SYNTH_IMPORTS & set(ROOMS)}}.items():
+        tops = {taken.split(".")[0] for taken in imports(tree)}
+        assert not tops & {"torch", "triton", "e5kernels", "safetensors", "transformers"}, f"e5core.{name}"
+        assert rooms_imported(tree) <= SYNTH_IMPORTS | {"synth"}, f"e5core.{name}, which synth imports"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_stand_at_the_top_are_absolute_and_need_no_try(name: str) -> None:
+    taken = imports(MODULES[name])
+    assert "." not in taken and not any(each.endswith(".*") for each in taken), f"{name}: relative or star import"
+    assert not {each.split(".")[0] for each in taken} & NEVER_IMPORTED, name
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, Function | ast.Try | ast.ClassDef):
+            assert not imports(node), f"{name}:{node.lineno} imports inside a function, a class or a try"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_distributed_knows_ranks_and_the_environment(name: str) -> None:
+    if name.removeprefix("e5core.") in ENVIRONMENT_READERS:
+        return
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.Constant):
+            assert node.value not in RANK_NAMES, f"{name}:{node.lineno}"
+        if isinstance(node, ast.Name | ast.Attribute):
+            assert dotted(node) not in ("os.environ", "os.getenv", "os.environb"), f"{name}:{node.lineno}"
+            assert dotted(node).split(".")[-1] != "init_process_group", f"{name}:{node.lineno}"
+    assert not imports(MODULES[name]) & {"os.environ", "os.getenv"}, name
+    assert "torch.distributed.init_process_group" not in imports(MODULES[name]), name
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_is_unpickled_evaluated_or_caught_wholesale(name: str) -> None:
+    assert not imports(MODULES[name]) & FORBIDDEN_CALLS, name
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.Call):
+            assert dotted(node.func) not in FORBIDDEN_CALLS, f"{name}:{node.lineno} calls {dotted(node.func)}"
+            for keyword in node.keywords:
+                allowed = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                assert keyword.arg != "allow_pickle" or allowed, f"{name}:{node.lineno} allows pickle"
+        if isinstance(node, ast.ExceptHandler):
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            caught = {dotted(kind) if kind is not None else "everything" for kind in kinds}
+            assert not caught & {"everything", "Exception", "BaseException"}, f"{name}:{node.lineno} catches too much"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_distributed_prints(name: str) -> None:
+    if name != "e5core.distributed":
+        prints = [node.lineno for node in ast.walk(MODULES[name]) if isinstance(node, ast.Name) and node.id == "print"]
+        assert not prints, f"{name}: use distributed.log, which keeps to rank 0 and flushes"
+
+
+@pytest.mark.parametrize("room", sorted(ARCHITECTURE_FREE & set(ROOMS)))
+def test_architectures_are_not_named_above_the_model(room: str) -> None:
+    for node in ast.walk(ROOMS[room]):
+        names = [node.id] if isinstance(node, ast.Name) else [node.attr] if isinstance(node, ast.Attribute) else []
+        names += [node.name] if isinstance(node, ast.alias) else []
+        for name in names:
+            assert not any(word in name.lower() for word in ARCHITECTURES), f"e5core.{room}: {name}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_module_asks_for_a_device_at_import(name: str) -> None:
+    for node in at_import(MODULES[name]):
+        called = dotted(node.func) if isinstance(node, ast.Call) else ""
+        assert not called.startswith(("torch.cuda.", "torch.accelerator.")), f"{name}:{node.lineno} calls {called}"
+
+
+def test_importing_every_module_leaves_cuda_alone() -> None:
+    lines = ["import importlib, torch"]
+    for name in MODULES:
+        lines.append(f"importlib.import_module({name.removesuffix('.__init__')!r})")
+        lines.append(f"assert not torch.cuda.is_initialized(), {name!r}")
+    paths = [str(ROOT), str(ROOT / "kernels")]
+    program = f"import sys; sys.path[:0] = {paths!r}\n" + "\n".join(lines)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+def test_importing_what_synth_needs_does_not_bring_torch() -> None:
+    wanted = [f"e5core.{name}" for name in [*sorted(SYNTH_IMPORTS & set(ROOMS)), *sorted(SYNTH)]]
+    program = f"import importlib, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    program += f"for name in {[name.removesuffix('.__init__') for name in wanted]!r}: importlib.import_module(name)\n"
+    program += "assert 'torch' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr

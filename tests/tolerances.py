@@ -1,0 +1,24 @@
+"""How far a kernel may stand from its reference: one number pair per op, and the rule for narrow dtypes."""
+
+import torch
+from torch import Tensor
+
+FP32 = {  # op: (atol, rtol)
+    "last_token": (0.0, 0.0),  # a copy
+    "infonce.loss": (1e-6, 1e-5),
+    "infonce.lse": (1e-5, 1e-5),
+    "infonce.gradient": (1e-5, 1e-5),  # elements reach 1 / (temperature * rows), 50 for one row
+}
+
+
+def assert_fp32(op: str, got: Tensor, expected: Tensor) -> None:
+    """Hold an fp32 kernel's output to the table above."""
+    atol, rtol = FP32[op]
+    torch.testing.assert_close(got, expected, atol=atol, rtol=rtol)
+
+
+def assert_twice(got: Tensor, same_dtype: Tensor, fp32: Tensor) -> None:
+    """Hold a kernel to twice the error that plain torch makes in the same dtype, both measured against fp32."""
+    allowed = 2 * (same_dtype.float() - fp32).abs().max() + 1e-5
+    error = (got.float() - fp32).abs().max()
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"

@@ -1,0 +1,178 @@
+"""Low-rank adapters by hand (arXiv 2106.09685): y = x W^T + s z B^T,  z = d(x) A^T,  s = alpha / rank.
+
+W is frozen, A (R, in) and B (out, R) are fp32 masters cast to x's dtype where they are used. d is dropout on the
+adapter's input, as in PEFT: d(x) = m * x / (1 - p). Backward, with g = dL/dy:
+
+    dz = s g B      dB = s g^T z      dA = dz^T d(x)      dx = g W + m * (dz A) / (1 - p)
+
+Saved are x, z and 8 bytes a token, never the mask and never dW. The mask m is a pure function of (seed, step, layer,
+linear, row in the global batch, position, channel): any packing, micro-batch or number of ranks draws the same, and so
+does the backward pass. One 64-bit mix (splitmix64, Steele et al. 2014) serves 8 channels, a byte each: channel 8 g + j
+is dropped where byte j of mix((token ^ stream) + g * golden) is below 256 p, p rounded to a multiple of 1/256. The
+tests hold these bits against an independent integer implementation; other faces must draw the same.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from e5core.backbone import Backbone
+
+LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+_ROOM = {"wq": "attention", "wk": "attention", "wv": "attention", "wo": "attention"}
+_U64 = (1 << 64) - 1
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """The [lora] table; defaults from intfloat/e5-mistral-7b-instruct, lora/adapter_config.json."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # rounded to a multiple of 1/256
+    targets: tuple[str, ...] = LINEARS
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.targets if name not in LINEARS]
+        if unknown or not self.targets:
+            raise ValueError(f"targets match no linear: got {list(self.targets)}, allowed are {', '.join(LINEARS)}")
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"targets name a linear twice: got {list(self.targets)}")
+
+
+class TokenKeys:
+    """The dropout keys of the micro-batch in hand, shared by all adapters of a model.
+
+    `keys` is (T,) int64 in training and None where nothing is dropped; `step_key` mixes seed and step.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.step_key = 0
+
+    def set(self, seed: int, step: int, rows: Tensor, positions: Tensor) -> None:
+        """Key every token by its row in the global batch and its position.  rows, positions: (T,) int64."""
+        self.step_key = mix(mix(seed) + step)
+        self.keys = mix_tensor((rows << 32) + positions)
+
+    def clear(self) -> None:
+        """Drop nothing until the next `set`."""
+        self.keys = None
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear and its adapter.  weight: (out, in);  lora_a: (R, in), lora_b: (out, R), fp32 or fp64."""
+
+    def __init__(self, linear: nn.Linear, config: LoraConfig, number: int, token_keys: TokenKeys) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.scale = config.alpha / config.rank
+        self.drop_below = round(config.dropout * 256)
+        self.number = number  # of the linear in the model: 7 * layer + its place in LINEARS
+        self.token_keys = token_keys
+        self.lora_a = nn.Parameter(torch.empty(config.rank, linear.in_features))
+        self.lora_b = nn.Parameter(torch.empty(linear.out_features, config.rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.token_keys.keys if self.drop_below else None
+        stream = mix(self.token_keys.step_key + self.number)
+        return _LoraFunction.apply(x, self.weight, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below)
+
+
+class _LoraFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, scale, keys, stream, drop_below):  # noqa: ANN001, ANN205
+        dropped = x if keys is None else x * dropout_scale(keys, stream, x.shape[1], drop_below, x.dtype)
+        z = dropped @ lora_a.to(x.dtype).T  # (T, R)
+        y = x @ weight.T  # (T, out)
+        y.addmm_(z, lora_b.to(x.dtype).T, alpha=scale)
+        ctx.save_for_backward(x, z, weight, lora_a, lora_b, keys)
+        ctx.scale, ctx.stream, ctx.drop_below = scale, stream, drop_below
+        return y
+
+    @staticmethod
+    def backward(ctx, g):  # noqa: ANN001, ANN205
+        x, z, weight, lora_a, lora_b, keys = ctx.saved_tensors
+        mask = None if keys is None else dropout_scale(keys, ctx.stream, x.shape[1], ctx.drop_below, x.dtype)
+        dz = (g @ lora_b.to(g.dtype)).mul_(ctx.scale)  # (T, R)
+        db = (g.T @ z).to(lora_b.dtype).mul_(ctx.scale)
+        da = (dz.T @ (x if mask is None else x * mask)).to(lora_a.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ weight  # (T, in)
+            if mask is None:
+                dx.addmm_(dz, lora_a.to(g.dtype))
+            else:
+                dx.addcmul_(dz @ lora_a.to(g.dtype), mask)
+        return dx, None, da, db, None, None, None, None
+
+
+def apply_lora(backbone: Backbone, config: LoraConfig) -> TokenKeys:
+    """Replace the target linears of every layer by adapted ones (weights as they are, adapters uninitialised).
+
+    Returns the token keys that all adapters read.
+    """
+    token_keys = TokenKeys()
+    for i, layer in enumerate(backbone.layers):
+        for name in config.targets:
+            room = layer.get_submodule(_ROOM.get(name, "feed_forward"))
+            number = len(LINEARS) * i + LINEARS.index(name)
+            room.add_module(name, LoraLinear(room.get_submodule(name), config, number, token_keys))
+    return token_keys
+
+
+def init_lora(backbone: Backbone, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Set A to U(-1, 1) / sqrt(in) (PEFT's kaiming with a = sqrt 5), each by its own seeded generator, and B to 0."""
+    for _, linear in adapters(backbone):
+        bound = 1 / math.sqrt(linear.lora_a.shape[1])
+        generator = torch.Generator().manual_seed(mix(mix(seed) ^ linear.number) >> 1)
+        values = torch.empty(linear.lora_a.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        linear.lora_a = nn.Parameter(values.to(device))
+        linear.lora_b = nn.Parameter(torch.zeros(linear.lora_b.shape, dtype=dtype, device=device))
+
+
+def adapters(backbone: Backbone) -> Iterator[tuple[str, LoraLinear]]:
+    """Yield (name, module) of every adapted linear, e.g. "layers.0.attention.wq"."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
+
+
+def dropout_scale(keys: Tensor, stream: int, channels: int, drop_below: int, dtype: torch.dtype) -> Tensor:
+    """Draw the mask m / (1 - p): 0 where dropped, 256 / (256 - drop_below) elsewhere.
+
+    keys: (T,) int64 of TokenKeys.  stream: 64 bits for (seed, step, layer, linear).  Returns (T, channels) of dtype.
+    """
+    groups = torch.arange(-(-channels // 8), device=keys.device, dtype=torch.int64) * _signed(_GOLDEN)
+    bits = mix_tensor((keys ^ _signed(stream))[:, None] + groups)  # (T, channels / 8), 8 bytes each
+    kept = bits.view(torch.uint8)[:, :channels] >= drop_below
+    return kept.to(dtype).mul_(256 / (256 - drop_below))
+
+
+def mix(value: int) -> int:
+    """Mix 64 bits (splitmix64: golden-ratio step, then finaliser).  Returns an int in [0, 2^64)."""
+    z = (value + _GOLDEN) & _U64
+    z = ((z ^ (z >> 30)) * _MIX_1) & _U64
+    z = ((z ^ (z >> 27)) * _MIX_2) & _U64
+    return z ^ (z >> 31)
+
+
+def mix_tensor(z: Tensor) -> Tensor:
+    """Do what `mix` does to every element of an int64 tensor, in place, and return it."""
+    z.add_(_signed(_GOLDEN))
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2), (31, None)):
+        high = (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # torch shifts arithmetically
+        z.bitwise_xor_(high)
+        if factor is not None:
+            z.mul_(_signed(factor))
+    return z
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

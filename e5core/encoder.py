@@ -1,0 +1,95 @@
+"""The embedding model: backbone + adapters + last token + unit length (arXiv 2401.00368, section 3.1).
+
+`build_model` makes it from files in the one right order: sizes, modules on the meta device, adapters, weights. The
+final norm and all that follows run on the last tokens only; embeddings are unit rows in max(fp32, backbone's dtype).
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from e5core.backbone import Backbone, BackboneConfig, positions_of
+from e5core.batches import MicroBatch
+from e5core.lora import LoraConfig, apply_lora, init_lora
+from e5core.weights import load_weights, read_config
+from e5kernels.last_token import last_token
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneSource:
+    """The [backbone] table: which model, and how it is held."""
+
+    path: Annotated[str, Field(min_length=1)]  # Hugging Face folder, .gguf file or package:NAME/FILE
+    dtype: Dtype = "auto"  # of weights and activations; auto: bfloat16 on CUDA, on the CPU the faster of the two
+    causal: bool = True  # false: bidirectional attention
+
+
+class EmbeddingModel(nn.Module):
+    """Packed tokens to unit vectors."""
+
+    def __init__(self, config: BackboneConfig, lora: LoraConfig | None) -> None:
+        super().__init__()
+        self.backbone = Backbone(config)
+        self.token_keys = None if lora is None else apply_lora(self.backbone, lora)
+
+    def forward(self, batch: MicroBatch, dropout: tuple[int, int] | None = None, normalize: bool = True) -> Tensor:
+        """Embed a micro-batch.
+
+        dropout: (seed, step) draws the adapters' dropout for the batch's rows; None drops nothing.
+        Returns (N, D) fp32 (fp64 for a float64 backbone), unit rows unless `normalize` is false.
+        """
+        if self.token_keys is not None:
+            if dropout is None:
+                self.token_keys.clear()
+            else:
+                rows = batch.rows.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.tokens.shape[0])
+                self.token_keys.set(*dropout, rows, positions_of(batch.cu_seqlens, batch.tokens.shape[0]))
+        hidden = self.backbone(batch.tokens, batch.cu_seqlens)  # (T, D)
+        last = self.backbone.norm(last_token(hidden, batch.cu_seqlens))  # (N, D)
+        last = last.to(torch.promote_types(last.dtype, torch.float32))
+        return F.normalize(last, dim=-1) if normalize else last
+
+
+def build_model(
+    path: Path, dtype: torch.dtype, device: torch.device, *, causal: bool, lora: LoraConfig | None, seed: int
+) -> EmbeddingModel:
+    """Load a backbone from its files and put fresh adapters on it (none for lora=None).
+
+    Raises what weights.read_config and weights.load_weights raise.
+    """
+    config = read_config(path, causal=causal)
+    with torch.device("meta"):
+        model = EmbeddingModel(config, lora)
+    load_weights(model.backbone, path, dtype, device)
+    init_lora(model.backbone, seed, torch.promote_types(dtype, torch.float32), device)
+    return model
+
+
+def choose_dtype(setting: Dtype, device: torch.device) -> tuple[torch.dtype, str]:
+    """Resolve "auto".  Returns the dtype and a sentence that says why."""
+    if setting != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting], "as configured"
+    if device.type == "cuda":
+        return torch.bfloat16, "auto: CUDA"
+    seconds = {dtype: _gemm_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    best = min(seconds, key=lambda dtype: seconds[dtype])
+    timed = ", ".join(f"{str(dtype).removeprefix('torch.')} {s * 1e3:.1f} ms" for dtype, s in seconds.items())
+    return best, f"auto: a (1024, 576) x (576, 1536) product takes {timed}"
+
+
+def _gemm_seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return best

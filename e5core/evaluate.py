@@ -1,0 +1,310 @@
+"""Scores of an embedder on test sets, as percentages.
+
+    retrieval       nDCG@10 and recall@100 by pytrec_eval, from the exact 100 nearest documents; instruction on queries
+    sts             Spearman of cosine and human score, by scipy; instruction on both sides
+    bitext          for each foreign sentence the nearest English one: accuracy and F1; instruction on both sides
+    classification  logistic regression on 16 texts per label, mean accuracy of 10 draws; instruction on every text, and
+                    vectors of the length that they have
+
+The protocol is that of arXiv 2401.00368 section 4.2 and its published script; testsets.py reads the files.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pytrec_eval
+from rich.console import Console
+from rich.table import Column, Table
+from scipy.stats import spearmanr
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from e5core.distributed import log
+from e5core.encode import Encoder
+from e5core.records import nearest
+from e5core.testsets import Classification, EvalSet, Pairs, Retrieval, read_sets
+
+N_NEAREST = 100
+N_SHOTS = 16
+N_DRAWS = 10
+BLOCK_ENTRIES = 2**24  # similarities held at once: 64 MiB of float32
+
+
+class TextEncoder(Protocol):
+    """What can be evaluated."""
+
+    def encode(self, texts: Sequence[str], task: str | None = None, normalize: bool = True) -> np.ndarray:
+        """Embed texts with an instruction, or without for None. Returns (N, D) float32, unit rows if normalize."""
+        ...
+
+
+def evaluate(encoder: TextEncoder, sets: Sequence[EvalSet]) -> dict[str, float]:
+    """Score an encoder on test sets; all files are read and checked before the first text is encoded.
+
+    Returns {"NAME/METRIC": percentage}, not rounded: ndcg@10 and recall@100, spearman, accuracy and f1, or accuracy.
+    Raises ValueError on no set, two sets of one name, a broken line (FILE:LINE); FileNotFoundError on a missing file;
+    RuntimeError where the encoder fails or a vector is not finite, naming set and text.
+    """
+    scores: dict[str, float] = {}
+    for eval_set, texts in read_sets(sets):
+        scores |= score_set(encoder, eval_set, texts)
+    return scores
+
+
+def score_set(encoder: TextEncoder, eval_set: EvalSet, texts: Retrieval | Pairs | Classification) -> dict[str, float]:
+    """Score an encoder on one set that read_sets has read. Returns and raises as evaluate does."""
+    match texts:
+        case Retrieval():
+            scores = _score_retrieval(encoder, eval_set, texts)
+        case Pairs() if eval_set.kind == "sts":
+            scores = _score_sts(encoder, eval_set, texts)
+        case Pairs():
+            scores = _score_bitext(encoder, eval_set, texts)
+        case Classification():
+            scores = _score_classification(encoder, eval_set, texts)
+    return {f"{eval_set.name}/{metric}": 100.0 * score for metric, score in scores.items()}
+
+
+def _score_retrieval(encoder: TextEncoder, eval_set: EvalSet, texts: Retrieval) -> dict[str, float]:
+    query_ids = _chosen(texts.queries, eval_set.max_queries)
+    # Equal similarities are ranked by falling document id, which is trec_eval's rule.
+    document_ids = sorted(texts.documents, reverse=True)
+    queries = {f"query {name}": texts.queries[name] for name in query_ids}
+    documents = {f"document {name}": texts.documents[name] for name in document_ids}
+    query_vectors = _embed(encoder, eval_set.name, queries, eval_set.instruction)
+    document_vectors = _embed(encoder, eval_set.name, documents, "")
+    run: dict[str, dict[str, float]] = {}
+    ranking = nearest_rows(query_vectors, document_vectors, N_NEAREST + 1)
+    for query, rows in zip(query_ids, ranking, strict=True):
+        found = [document_ids[row] for row in rows if document_ids[row] != query][:N_NEAREST]
+        run[query] = {document: float(len(found) - place) for place, document in enumerate(found)}
+    judgements = {query: texts.judgements[query] for query in query_ids}
+    results = pytrec_eval.RelevanceEvaluator(judgements, {"ndcg_cut.10", "recall.100"}).evaluate(run)
+    return {
+        "ndcg@10": float(np.mean([results[query]["ndcg_cut_10"] for query in query_ids])),
+        "recall@100": float(np.mean([results[query]["recall_100"] for query in query_ids])),
+    }
+
+
+def _score_sts(encoder: TextEncoder, eval_set: EvalSet, texts: Pairs) -> dict[str, float]:
+    first, second = _embed_pairs(encoder, eval_set, texts)
+    cosines = np.sum(first * second, axis=1, dtype=np.float64)
+    if np.ptp(cosines) == 0.0:  # an encoder that has collapsed orders nothing, and Spearman is not defined
+        return {"spearman": 0.0}
+    return {"spearman": float(spearmanr(cosines, texts.scores).statistic)}
+
+
+def _score_bitext(encoder: TextEncoder, eval_set: EvalSet, texts: Pairs) -> dict[str, float]:
+    """Each English sentence is a label: F1 is the mean over labels, as in MTEB's BitextMining."""
+    foreign, english = _embed_pairs(encoder, eval_set, texts)
+    found = [int(rows[0]) for rows in nearest_rows(foreign, english, 1)]
+    n_found = Counter(found)
+    right = [row for row, best in enumerate(found) if row == best]
+    # One sentence has the label, n_found[row] are given it: precision 1 / n_found, recall 1.
+    f1 = sum(2.0 / (1 + n_found[row]) for row in right)
+    return {"accuracy": len(right) / len(found), "f1": f1 / len(found)}
+
+
+def _score_classification(encoder: TextEncoder, eval_set: EvalSet, texts: Classification) -> dict[str, float]:
+    draws = _draws(texts.train_labels)
+    rows = sorted({row for draw in draws for row in draw})
+    train = {f"train text {row}": texts.train_texts[row] for row in rows}
+    test = {f"test text {row}": text for row, text in enumerate(texts.test_texts)}
+    vectors = _embed(encoder, eval_set.name, train | test, eval_set.instruction, normalize=False)
+    test_vectors, test_labels = vectors[len(rows) :], np.array(texts.test_labels)
+    accuracies: list[float] = []
+    for draw in draws:
+        labels = [texts.train_labels[row] for row in draw]
+        with warnings.catch_warnings():  # 100 iterations are the protocol, converged or not
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = LogisticRegression(max_iter=100).fit(vectors[np.searchsorted(rows, draw)], labels)
+        accuracies.append(float(np.mean(model.predict(test_vectors) == test_labels)))
+    return {"accuracy": float(np.mean(accuracies))}
+
+
+def nearest_rows(
+    queries: np.ndarray, documents: np.ndarray, k: int, block_entries: int = BLOCK_ENTRIES
+) -> Iterator[np.ndarray]:
+    """Yield for every query the rows of its k nearest documents, best first; of equal ones the lower row first.
+
+    queries: (Q, D) float32, unit rows.  documents: (P, D) float32, unit rows.
+    Yields Q arrays (min(k, P),) int64. At most block_entries similarities are held, and they never change the answer.
+    """
+    n_documents = len(documents)
+    k = min(k, n_documents)
+    n_rows = max(1, block_entries // n_documents)
+    for start in range(0, len(queries), n_rows):
+        block = queries[start : start + n_rows]
+        similarities = block @ documents.T  # (rows, P)
+        for query, row in zip(block, similarities, strict=True):
+            kth = np.partition(row, n_documents - k)[n_documents - k]
+            # A GEMM rounds the same product differently at the edge of a block, so what lies within its error of the
+            # k-th is put in order by float64.
+            candidates = np.flatnonzero(row >= kth - 1e-5)
+            exact = np.sum(documents[candidates] * query.astype(np.float64), axis=1)
+            yield candidates[np.argsort(-exact, kind="stable")[:k]]
+
+
+def _embed(
+    encoder: TextEncoder, name: str, texts: Mapping[str, str], instruction: str, normalize: bool = True
+) -> np.ndarray:
+    """Embed {place: text}, each distinct text once. Returns (N, D) float32 in the order of texts."""
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts.values()))}
+    try:
+        vectors = encoder.encode(list(rows), task=instruction or None, normalize=normalize)
+    except RuntimeError as error:
+        raise RuntimeError(f"{name}: {error}") from error
+    if vectors.ndim != 2 or len(vectors) != len(rows):
+        raise RuntimeError(
+            f"{name}: an encoder must return ({len(rows)}, dim) for {len(rows)} texts, got {vectors.shape}"
+        )
+    finite = np.isfinite(vectors).all(axis=1)
+    for place, text in texts.items():
+        if not finite[rows[text]]:
+            raise RuntimeError(f"{name}: the embedding of {place} is not finite ({text[:60]!r}); are the weights?")
+    return vectors[[rows[text] for text in texts.values()]]
+
+
+def _embed_pairs(encoder: TextEncoder, eval_set: EvalSet, texts: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    first = {f"sentence1 of pair {row}": text for row, text in enumerate(texts.first)}
+    second = {f"sentence2 of pair {row}": text for row, text in enumerate(texts.second)}
+    vectors = _embed(encoder, eval_set.name, first | second, eval_set.instruction)
+    return vectors[: len(first)], vectors[len(first) :]
+
+
+def _chosen(queries: Mapping[str, str], max_queries: int | None) -> list[str]:
+    """The first max_queries of a shuffle that depends on the ids only, so that a smaller number takes a part of it."""
+    names = sorted(queries)
+    random.Random(0).shuffle(names)
+    return names[:max_queries]
+
+
+def _draws(labels: Sequence[str]) -> list[list[int]]:
+    """Rows of 16 texts per label, or of all where there are fewer, for each draw."""
+    rows_of: dict[str, list[int]] = {label: [] for label in sorted(set(labels))}
+    for row, label in enumerate(labels):
+        rows_of[label].append(row)
+    # Where no label has more than 16 rows every draw is the same.
+    n_draws = N_DRAWS if max(map(len, rows_of.values())) > N_SHOTS else 1
+    draws: list[list[int]] = []
+    for seed in range(n_draws):
+        generator = random.Random(seed)
+        drawn = [generator.sample(rows, min(N_SHOTS, len(rows))) for rows in rows_of.values()]
+        draws.append(sorted(row for rows in drawn for row in rows))
+    return draws
+
+
+def show_table(columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Show {column: {"NAME/METRIC": percentage}} on stdout: a table on a terminal, else a plain line per score."""
+    names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
+    cells = {name: [f"{scores[name]:.2f}" if name in scores else "-" for scores in columns.values()] for name in names}
+    console = Console()
+    if console.is_terminal:
+        table = Table("set", "metric", *(Column(column, justify="right") for column in columns))
+        for name in names:
+            table.add_row(*name.rsplit("/", 1), *cells[name])
+        console.print(table)
+        return
+    for name in names:
+        values = "  ".join(f"{column} {cell}" for column, cell in zip(columns, cells[name], strict=True))
+        console.out(f"{name}  {values}", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, or 2 after an error, which is one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except (ValueError, OSError) as error:
+        log(f"e5core.evaluate: {' '.join(str(error).splitlines())}")
+        return 2
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    out: Path | None = arguments.out
+    if out is not None and not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no such folder for --out: {out.absolute().parent}")
+    sets = read_sets(_named_sets(arguments))
+    encoder = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype)
+    scores: dict[str, float] = {}
+    for eval_set, texts in sets:
+        log(f"evaluating {eval_set.name}")
+        scores |= score_set(encoder, eval_set, texts)
+    log(f"{encoder.n_truncated:,} texts were cut to {encoder.max_tokens} tokens")
+    show_table({"score": scores})
+    if out is not None:
+        _write_json(out, scores)
+
+
+def _named_sets(arguments: argparse.Namespace) -> list[EvalSet]:
+    """The sets of the command line with their --task, which must name one of them."""
+    tasks: dict[str, str] = {}
+    for given in arguments.task:
+        name, sign, task = given.partition("=")
+        if not sign:
+            raise ValueError(f"--task must be NAME=TEXT, got {given!r}")
+        tasks[name] = task
+    sets: list[EvalSet] = []
+    for kind in ("retrieval", "sts", "bitext", "classification"):
+        for path in vars(arguments)[kind]:
+            # "" stands in until the name is known: without a task an unknown classification is refused.
+            name = EvalSet(kind=kind, path=path, task="").name
+            max_queries = arguments.max_queries if kind == "retrieval" else None
+            sets.append(EvalSet(kind=kind, path=path, task=tasks.get(name), max_queries=max_queries))
+    names = [eval_set.name for eval_set in sets]
+    for name in tasks:
+        if name not in names:
+            raise ValueError(f"--task names the unknown set {name!r}; {nearest(name, names)}")
+    return sets
+
+
+def _write_json(path: Path, scores: Mapping[str, float]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m e5core.evaluate", description="Score an embedder on test sets.")
+    parser.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder or .gguf file")
+    for kind, metavar, text in (
+        ("retrieval", "DIR", "BEIR folders: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
+        ("sts", "FILE", ".jsonl files of sentence1, sentence2, score"),
+        ("bitext", "FILE", ".jsonl files of sentence1 (foreign), sentence2 (English)"),
+        ("classification", "DIR", "folders with train.jsonl and test.jsonl of text, label"),
+    ):
+        parser.add_argument(f"--{kind}", metavar=metavar, nargs="+", action="extend", default=[], help=text)
+    parser.add_argument(
+        "--task", metavar="NAME=TEXT", nargs="+", action="extend", default=[], help="a set's instruction"
+    )
+    parser.add_argument("--max-queries", metavar="N", type=_positive, help="take N queries of each retrieval set")
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=_positive, help="longest text in tokens (default: the model's)"
+    )
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (auto)")
+    parser.add_argument("--out", metavar="R.json", type=Path, help="write the scores to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""AdamW (arXiv 1711.05101) with warm-up, linear decay and clipping by the global norm, on fp32 master parameters."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """The [optim] table; defaults from the paper's appendix A, betas and eps torch's."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip: Annotated[float, Field(gt=0)] = 1.0  # global gradient norm
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_share: Annotated[float, Field(ge=0, le=1)] | None = None  # of all steps; takes the place of warmup_steps
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+
+    def warmup(self, total_steps: int) -> int:
+        """Return the number of warm-up steps in a run of `total_steps`."""
+        return self.warmup_steps if self.warmup_share is None else math.ceil(self.warmup_share * total_steps)
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Return the rate of step `step` (from 0): rising to lr over the warm-up, then falling linearly, never 0."""
+    warmup = config.warmup(total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (total_steps - step) / max(1, total_steps - warmup)
+
+
+class AdamW:
+    """The optimizer's state and update, parameter by parameter, in the order of operations of torch.optim.AdamW."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
+        self.parameters = dict(parameters)
+        self.config = config
+        self.n_updates = 0
+        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters.items()}
+
+    def clip_gradients(self) -> float:
+        """Scale the gradients so that their global norm is at most `clip`.  Returns the norm before.
+
+        Raises RuntimeError naming the tensors whose gradient is missing or not finite.
+        """
+        gradients = {name: p.grad for name, p in self.parameters.items()}
+        absent = [name for name, g in gradients.items() if g is None]
+        if absent:
+            raise RuntimeError(f"no gradient reached {len(absent)} trainable tensors, first of them {absent[0]}")
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])).item()
+        if not math.isfinite(norm):
+            broken = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
+            raise RuntimeError(f"the gradient is not finite in {len(broken)} tensors, first of them {broken[0]}")
+        if norm > self.config.clip:
+            for gradient in gradients.values():
+                gradient.mul_(self.config.clip / norm)
+        return norm
+
+    @torch.no_grad()
+    def update(self, lr: float) -> None:
+        """Apply one step with the gradients in hand and drop them."""
+        c = self.config
+        self.n_updates += 1
+        correction1, correction2 = 1 - c.beta1**self.n_updates, 1 - c.beta2**self.n_updates
+        for name, parameter in self.parameters.items():
+            first, second = self.moments[name]
+            gradient = parameter.grad
+            parameter.mul_(1 - lr * c.weight_decay)
+            first.lerp_(gradient, 1 - c.beta1)
+            second.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
+            denominator = (second.sqrt() / math.sqrt(correction2)).add_(c.eps)
+            parameter.addcdiv_(first, denominator, value=-lr / correction1)
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the moments by name, for a checkpoint."""
+        pairs = self.moments.items()
+        return {f"{name}.{which}": pair[i] for name, pair in pairs for i, which in enumerate(("first", "second"))}
+
+    def load_state(self, state: Mapping[str, Tensor], n_updates: int) -> None:
+        """Put back what `state` gave.  Raises ValueError where names or shapes differ."""
+        own = self.state()
+        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+            raise ValueError("the optimizer state in the checkpoint is of another model or of other LoRA targets")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.n_updates = n_updates

@@ -1,0 +1,308 @@
+"""The training step is exact for any micro-batch size, and a run survives what happens to runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import save_embedder
+from safetensors.torch import load_file, save_file
+from test_backbone import relative
+
+from e5core import checkpoint
+from e5core.batches import BatchConfig, GlobalBatch, MicroBatch, build_batch
+from e5core.config import load_config
+from e5core.encode import Encoder
+from e5core.encoder import build_model
+from e5core.lora import LoraConfig, adapters
+from e5core.loss import LossConfig, infonce_loss
+from e5core.records import read_records
+from e5core.tokenizer import Tokenizer
+from e5core.train import Config, backward_step, main, train
+
+ROOT = Path(__file__).parent.parent
+SYNTHETIC = ROOT / "data" / "synthetic"
+CONFIG = """
+[train]
+run = "{run}"
+steps = 6
+save_every = 2
+[backbone]
+path = "{model}"
+dtype = "float32"
+[lora]
+rank = 4
+dropout = 0.1
+[[data.sources]]
+path = "{data}"
+[batch]
+size = 8
+max_tokens = 48
+micro_batch_tokens = 400
+instruct_documents = ["sts"]
+[optim]
+lr = 1e-3
+warmup_steps = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_embedder(tmp_path_factory.mktemp("embedder"))
+
+
+@pytest.fixture
+def config_file(embedder: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "config.toml"
+    file.write_text(CONFIG.format(run=tmp_path / "run", model=embedder, data=SYNTHETIC / "en_sts.jsonl"))
+    return file
+
+
+def batch_of(embedder: Path, n: int = 24) -> GlobalBatch:
+    records, _ = read_records([SYNTHETIC / "en_short_long_a.jsonl"])
+    config = BatchConfig(size=n, max_tokens=60, negatives=1)
+    return build_batch(records[:n], Tokenizer.load(embedder), config, seed=1, step=4)
+
+
+def gradients(embedder: Path, batch: GlobalBatch, budget: int, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+    lora = LoraConfig(rank=4, dropout=0.1)
+    model = build_model(embedder, dtype, torch.device("cpu"), causal=True, lora=lora, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for _, linear in adapters(model.backbone):
+        linear.lora_b.data.normal_(0, 0.1, generator=generator)
+    # temperature 0.5 keeps the loss of a random model unsaturated
+    result = backward_step(model, batch, LossConfig(temperature=0.5), budget, dropout=(7, 4))
+    return result.loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize(("dtype", "gradient_error", "loss_error"), [
+    (torch.float64, 1e-12, 1e-12),
+    (torch.float32, 2e-5, 1e-6),
+])  # fmt: skip
+def test_loss_and_gradients_do_not_depend_on_the_micro_batch(
+    dtype: torch.dtype, gradient_error: float, loss_error: float, embedder: Path
+) -> None:
+    batch = batch_of(embedder)
+    assert batch.n_tokens > 2500
+    whole_loss, whole = gradients(embedder, batch, batch.n_tokens, dtype)
+    for budget in (64, 1000):
+        loss, gradient = gradients(embedder, batch, budget, dtype)
+        assert abs(loss - whole_loss) < loss_error * whole_loss
+        assert relative(gradient, whole) < gradient_error
+
+
+def test_the_step_s_gradient_is_autograd_s_of_the_whole(embedder: Path) -> None:
+    batch = batch_of(embedder, n=6)
+    lora = LoraConfig(rank=4, dropout=0.1)
+    model = build_model(embedder, torch.float64, torch.device("cpu"), causal=True, lora=lora, seed=0)
+    backward_step(model, batch, LossConfig(), budget=64, dropout=(0, 0))
+    got = torch.cat([linear.lora_b.grad.flatten() for _, linear in adapters(model.backbone)])
+    model.zero_grad()
+    rows = []
+    for row, ids in enumerate(batch.sequences):  # every text alone, one graph over all
+        from_one = torch.tensor([0, len(ids)], dtype=torch.int32)
+        rows.append(model(_single(ids, row, from_one), dropout=(0, 0))[0])
+    infonce_loss(torch.stack(rows), batch, LossConfig()).loss.backward()
+    expected = torch.cat([linear.lora_b.grad.flatten() for _, linear in adapters(model.backbone)])
+    assert relative(got, expected) < 1e-12
+
+
+def _single(ids: list[int], row: int, cu_seqlens: torch.Tensor) -> MicroBatch:
+    return MicroBatch(torch.tensor(ids), cu_seqlens, len(ids), torch.tensor([row]))
+
+
+def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = checkpoint.step_folder(run, step)
+    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def _equal_bitwise(one: Path, other: Path, step: int) -> bool:
+    a, b = _weights(one, step), _weights(other, step)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _lines(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "tokens_per_s")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def test_a_resumed_run_equals_one_that_never_stopped_bitwise(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(Config, config_file)
+    train(config)
+    stopped = replace(config, train=replace(config.train, run=str(tmp_path / "stopped"), save_every=2))
+    with pytest.raises(KeyboardInterrupt):
+        _train_until(stopped, 5)
+    assert checkpoint.steps_of(tmp_path / "stopped") == [2, 4]
+    assert len(_lines(tmp_path / "stopped")) == 5
+    train(replace(stopped, train=replace(stopped.train, resume=True)))
+    assert _equal_bitwise(tmp_path / "run", tmp_path / "stopped", 6)
+    assert _lines(tmp_path / "run") == _lines(tmp_path / "stopped")
+
+
+def _train_until(config: Config, step: int) -> None:
+    """Train in this process and interrupt it after `step` steps, as Ctrl-C does."""
+    import e5core.metrics
+
+    class Interrupting(e5core.metrics.Progress):
+        def step(self, metrics: dict) -> None:
+            super().step(metrics)
+            if metrics["step"] == step:
+                raise KeyboardInterrupt
+
+    import e5core.train
+
+    original, e5core.train.Progress = e5core.train.Progress, Interrupting
+    try:
+        train(config)
+    finally:
+        e5core.train.Progress = original
+
+
+def test_the_run_folder_is_complete_and_the_model_learns(config_file: Path, tmp_path: Path) -> None:
+    assert main([str(config_file), "train.steps=12", "eval.every=6", 'eval.metric="stsb-cc-en-dev/spearman"',
+                 f'eval.sets=[{{kind="sts", path="{ROOT}/data/sts/stsb-cc-en/dev.jsonl"}}]',
+                 f'eval.report=[{{kind="sts", path="{ROOT}/data/sts/stsb-cc-en/test.jsonl"}}]']) == 0  # fmt: skip
+    run = tmp_path / "run"
+    lines = _lines(run)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert 8 < lines[0]["negatives_per_query"] <= 15  # 8 positives and 8 hard negatives, less the target, less doubles
+    assert load_config(Config, run / "config.toml").train.steps == 12
+    scores = json.loads((run / "evaluation.json").read_text())
+    assert scores.keys() == {"before", "after"} and scores["before"].keys() == {"stsb-cc-en/spearman"}
+    best = checkpoint.read_best(run)
+    evaluated = {line["step"]: line["eval"]["stsb-cc-en-dev/spearman"] for line in lines if "eval" in line}
+    assert best["value"] == max(evaluated.values()) == evaluated[best["step"]]
+    assert best["step"] in checkpoint.steps_of(run)
+    assert "Instruct:" in (run / "tokens.txt").read_text()
+    encoder = Encoder.load(str(run))
+    assert encoder.selfcheck() > 0.999999
+    vectors = encoder.encode(["a", ""], task="Find it.")
+    assert vectors.shape == (2, 32) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def _start(config_file: Path, *overrides: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "e5core.train", str(config_file), *overrides]
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_kill_9_in_the_middle_of_a_save_leaves_the_previous_checkpoint_whole(config_file: Path, tmp_path: Path) -> None:
+    process = _start(config_file, "train.steps=100000", "train.save_every=1", "train.keep=3")
+    run, deadline = tmp_path / "run", time.monotonic() + 120
+    killed_inside = False
+    while time.monotonic() < deadline and not killed_inside and process.poll() is None:
+        steps = checkpoint.steps_of(run) if run.is_dir() else []
+        if len(steps) >= 2 and any(run.glob(".partial_step_*")):
+            os.kill(process.pid, signal.SIGKILL)
+            killed_inside = True
+    process.wait()
+    assert killed_inside, process.stderr.read()
+    process.stderr.close()
+    newest = checkpoint.steps_of(run)[-1]
+    assert Encoder.load(str(run)).selfcheck() > 0.999999
+    resumed = load_config(Config, config_file, ["train.resume=true", f"train.steps={newest + 2}", "train.steps=100000"])
+    with pytest.raises(KeyboardInterrupt):
+        _train_until(replace(resumed, train=replace(resumed.train, save_every=1, keep=3)), newest + 2)
+    assert not any(run.glob(".partial_step_*")) or checkpoint.steps_of(run)[-1] >= newest + 1
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+from e5core.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_refuses_loses_nothing_and_is_named(config_file: Path, tmp_path: Path) -> None:
+    assert main([str(config_file), "train.steps=4"]) == 0
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FULL_DISK, str(config_file), "train.steps=4", "train.resume=true"]
+    (tmp_path / "run" / "step_4").rename(tmp_path / "kept")  # the save of step 4 comes again, on the full disk
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "could not save" in result.stderr and "train.resume=true" in result.stderr
+    assert checkpoint.steps_of(tmp_path / "run") == [2]
+    assert not any((tmp_path / "run").glob(".partial_step_*"))
+    assert main([str(config_file), "train.steps=4", "train.resume=true"]) == 0
+    kept, again = load_file(tmp_path / "kept" / "optimizer.safetensors"), _weights(tmp_path / "run", 4)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+BAD = {
+    "unknown key": (["optim.learning_rate=1"], "optim.learning_rate"),
+    "no data": (["data.sources=[{path='none.jsonl'}]"], "data.sources[0].path"),
+    "no evaluation set": (["eval.report=[{kind='sts', path='none.jsonl'}]"], "eval.report[0].path"),
+    "no model": (["backbone.path='./none'"], "backbone.path"),
+    "hub id": (["backbone.path='intfloat/e5-mistral-7b-instruct'"], "hf download intfloat/e5-mistral-7b-instruct"),
+    "steps and epochs": (["train.epochs=1"], "either steps or epochs"),
+    "bad target": (["lora.targets=['q_proj']"], "match no linear"),
+    "metric of no set": (["eval.metric='x/spearman'"], "eval"),
+    "bad range": (["lora.dropout=1.5"], "lora.dropout"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_configs_fail_before_anything_is_made(
+    case: str, config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides, message = BAD[case]
+    assert main([str(config_file), *overrides]) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config_file), "train.steps=2"]) == 0
+    assert main([str(config_file), "train.steps=2"]) == 2
+    assert "train.resume=true" in capfd.readouterr().err
+    assert main([str(config_file), "train.steps=2", "train.resume=true", "optim.lr=1e-5"]) == 2
+    assert "optim.lr was 0.001, is 1e-05" in capfd.readouterr().err
+    assert main([str(config_file), "train.steps=2", "train.overwrite=true"]) == 0
+    (tmp_path / "run" / "config.toml").unlink()
+    assert main([str(config_file), "train.steps=2", "train.overwrite=true"]) == 2
+    assert "is no run folder" in capfd.readouterr().err
+
+
+def test_changed_data_is_refused_at_resume(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = (SYNTHETIC / "en_sts.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines))
+    source = f"data.sources=[{{path='{data}'}}]"
+    assert main([str(config_file), "train.steps=2", source]) == 0
+    data.write_text("".join(lines[:-1]))
+    assert main([str(config_file), "train.steps=2", "train.resume=true", source]) == 2
+    assert "training records have changed" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_names_the_records(embedder: Path) -> None:
+    batch = batch_of(embedder, n=4)
+    model = build_model(embedder, torch.float32, torch.device("cpu"), causal=True, lora=LoraConfig(rank=2), seed=0)
+    model.backbone.tok_embeddings.weight.data[batch.sequences[2][5]] = torch.nan
+    with pytest.raises(RuntimeError, match="not finite.*en_short_long_a:3"):
+        backward_step(model, batch, LossConfig(), 200, None)
+
+
+def test_another_base_model_is_refused_when_loading(config_file: Path, tmp_path: Path) -> None:
+    model = save_embedder(tmp_path / "model")
+    assert main([str(config_file), "train.steps=2", f"backbone.path='{model}'"]) == 0
+    weights = load_file(model / "model.safetensors")
+    weights["norm.weight"] += 1
+    save_file(weights, model / "model.safetensors")
+    with pytest.raises(ValueError, match="not the base model"):
+        Encoder.load(str(tmp_path / "run"))

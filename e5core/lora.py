@@ -81,7 +81,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         keys = self.token_keys.keys if self.drop_below else None
-        stream = mix(self.token_keys.step_key + self.number)
+        stream = signed(mix(self.token_keys.step_key + self.number))  # torch's profiler takes no larger integers
         return _LoraFunction.apply(x, self.weight, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below)
 
 
@@ -149,8 +149,8 @@ def dropout_scale(keys: Tensor, stream: int, channels: int, drop_below: int, dty
 
     keys: (T,) int64 of TokenKeys.  stream: 64 bits for (seed, step, layer, linear).  Returns (T, channels) of dtype.
     """
-    groups = torch.arange(-(-channels // 8), device=keys.device, dtype=torch.int64) * _signed(_GOLDEN)
-    bits = mix_tensor((keys ^ _signed(stream))[:, None] + groups)  # (T, channels / 8), 8 bytes each
+    groups = torch.arange(-(-channels // 8), device=keys.device, dtype=torch.int64) * signed(_GOLDEN)
+    bits = mix_tensor((keys ^ signed(stream))[:, None] + groups)  # (T, channels / 8), 8 bytes each
     kept = bits.view(torch.uint8)[:, :channels] >= drop_below
     return kept.to(dtype).mul_(256 / (256 - drop_below))
 
@@ -165,14 +165,15 @@ def mix(value: int) -> int:
 
 def mix_tensor(z: Tensor) -> Tensor:
     """Do what `mix` does to every element of an int64 tensor, in place, and return it."""
-    z.add_(_signed(_GOLDEN))
+    z.add_(signed(_GOLDEN))
     for shift, factor in ((30, _MIX_1), (27, _MIX_2), (31, None)):
         high = (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # torch shifts arithmetically
         z.bitwise_xor_(high)
         if factor is not None:
-            z.mul_(_signed(factor))
+            z.mul_(signed(factor))
     return z
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """Read 64 bits as a signed integer."""
     return value - (1 << 64) if value >> 63 else value

@@ -238,6 +238,7 @@ class TestLaws:
             ({"candidate_hashes": (3, 1_000)}, [3]),  # the positive's text again
             ({"candidate_hashes": (4, 5_000)}, [4]),  # the query's own text
             ({"candidate_hashes": (2, 9_000)}, [2]),  # another positive of the row
+            ({"candidate_hashes": (4, 5_000 + 2**32)}, []),  # all 64 bits of a hash count
             ({"candidate_hashes": (5, 1_000)}, [5]),  # the same text among its own hard negatives
             ({"query_open": (0, False)}, [1, 2, 3, 4]),  # only what the row itself brought is left
             ({"candidate_open": (1, False)}, [1]),
@@ -297,14 +298,25 @@ class TestLaws:
         out = function(queries, candidates, plain_relations(1, n_candidates), temperature=0.02, margin=margin)
         assert out.loss.isnan()
 
+    def test_the_target_is_no_negative_even_where_no_text_is_banned(self, function: Face) -> None:
+        relations = plain_relations(4, 9)
+        relations = replace(relations, banned=relations.banned[:, :0])
+        queries, candidates = unit_rows(4, 8, torch.float64), unit_rows(9, 8, torch.float64)
+        out = function(queries.float(), candidates.float(), relations, temperature=0.1)
+        loss, _, _, negatives = oracle(queries, candidates, relations, temperature=0.1)
+        assert out.loss.item() == pytest.approx(loss, rel=1e-5)
+        assert out.negatives.tolist() == negatives == [8] * 4
+
     def test_strided_inputs_are_read_rightly(self, function: Face) -> None:
-        queries, candidates, relations = unit_rows(6, 10), unit_rows(9, 10), messy_relations(6, 9)
+        queries, candidates = unit_rows(6, 10).requires_grad_(), unit_rows(9, 10).requires_grad_()
+        relations = messy_relations(6, 9)
         expected = function(queries, candidates, relations, temperature=0.02)
-        strided = [x.repeat(1, 2).T.contiguous().T[:, :10].requires_grad_() for x in (queries, candidates)]
+        strided = [x.detach().repeat(1, 2).T.contiguous().T[:, :10].requires_grad_() for x in (queries, candidates)]
         assert not strided[0].is_contiguous()
         out = function(*strided, relations, temperature=0.02)
         assert_fp32("infonce.lse", out.lse, expected.lse)
-        assert [g.shape for g in gradients(out, *strided)] == [(6, 10), (9, 10)]
+        for got, want in zip(gradients(out, *strided), gradients(expected, queries, candidates), strict=True):
+            assert_fp32("infonce.gradient", got, want)
 
 
 def rows_of(relations: Relations, rows: slice) -> Relations:

@@ -54,6 +54,17 @@ class Relations:
     query_open: Tensor  # (Q,) bool: the row uses in-batch negatives
     candidate_open: Tensor  # (P,) bool: the candidate is offered to other rows
 
+    def to(self, device: torch.device) -> "Relations":
+        """Return the same relations on a device."""
+        return Relations(*(tensor.to(device) for tensor in self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors in the order in which the ops take them."""
+        return [
+            self.target, self.query_ids, self.owner, self.banned, self.candidate_hashes, self.query_open,
+            self.candidate_open,
+        ]  # fmt: skip
+
 
 def infonce_reference(
     queries: Tensor, candidates: Tensor, relations: Relations, *, temperature: float, margin: float | None = None
@@ -61,10 +72,9 @@ def infonce_reference(
     """Compute `infonce` by the dense matrix: the definition, differentiated by autograd, in float64 too."""
     dtype = torch.promote_types(queries.dtype, torch.float32)
     scores = queries.to(dtype) @ candidates.to(dtype).T  # (Q, P)
-    target = relations.target[:, None]
-    target_scores = scores.gather(1, target)  # (Q, 1)
+    target_scores = scores.gather(1, relations.target[:, None])  # (Q, 1)
     negative = _negatives(scores.detach(), target_scores.detach(), relations, margin)  # (Q, P)
-    visible = negative.scatter(1, target, True)
+    visible = negative.scatter(1, relations.target[:, None], True)
     logits = ((scores - target_scores) / temperature).masked_fill(~visible, float("-inf"))
     row_loss = logits.logsumexp(1)  # (Q,)
     lse = row_loss.detach() + target_scores.detach()[:, 0] / temperature
@@ -351,10 +361,9 @@ def infonce_triton(
     queries: Tensor, candidates: Tensor, relations: Relations, *, temperature: float, margin: float | None = None
 ) -> InfoNCE:
     """Compute the loss by the Triton kernels. See `infonce`; nothing is checked here."""
-    r = relations
-    tensors = [r.target, r.query_ids, r.owner, r.banned, r.candidate_hashes, r.query_open, r.candidate_open]
+    margin = float("inf") if margin is None else margin
     row_loss, target_scores, beaten, negatives = infonce_forward(
-        queries, candidates, tensors, temperature, float("inf") if margin is None else margin
+        queries, candidates, relations.tensors(), temperature, margin
     )
     lse = row_loss.detach() + target_scores / temperature
     return InfoNCE(row_loss.mean(), lse, (beaten == 0).float().mean(), negatives)
@@ -362,7 +371,7 @@ def infonce_triton(
 
 def _check(queries: Tensor, candidates: Tensor, relations: Relations, temperature: float, margin: float | None) -> None:
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1] or queries.shape[1] == 0:
-        got = (tuple(queries.shape), tuple(candidates.shape))
+        got = (*queries.shape,), (*candidates.shape,)
         raise ValueError(f"queries and candidates must be (Q, D) and (P, D) with D >= 1: got {got}")
     if len(queries) == 0 or len(candidates) == 0:
         raise ValueError(f"infonce needs a query and a candidate: got Q = {len(queries)}, P = {len(candidates)}")

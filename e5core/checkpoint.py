@@ -57,7 +57,7 @@ def save(
     optimizer: AdamW,
     data_digest: str,
 ) -> Path:
-    """Write RUN/step_N.  Raises RuntimeError where the disk refuses; then nothing of it is left behind."""
+    """Write RUN/step_N.  Raises OSError where the disk refuses; then nothing of it is left behind."""
     final, partial = run / f"{_PREFIX}{step}", run / f".partial_{_PREFIX}{step}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -75,7 +75,7 @@ def save(
         _flush(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RuntimeError(
+        raise OSError(
             f"could not save {final}: {error}; earlier checkpoints in {run} are whole: make room and go on with "
             "train.resume=true"
         ) from error

@@ -28,19 +28,19 @@ class World:
 def start() -> World:
     """Find this process's place in the job and its device: cuda:LOCAL_RANK where CUDA is available, else the CPU.
 
-    Raises RuntimeError for more than one process, a variable that is no number, or a LOCAL_RANK without its own GPU.
+    Raises ValueError for more than one process, a variable that is no number, or a LOCAL_RANK without its own GPU.
     """
     rank, world_size, local_rank = _variable("RANK", 0), _variable("WORLD_SIZE", 1), _variable("LOCAL_RANK", 0)
     if world_size != 1:
-        raise RuntimeError(
+        raise ValueError(
             f"this version trains on one process: got WORLD_SIZE={world_size}; run torchrun --nproc-per-node 1"
         )
     if rank != 0:
-        raise RuntimeError(f"the rank of a single process must be 0: got RANK={rank}; start it with torchrun")
+        raise ValueError(f"the rank of a single process must be 0: got RANK={rank}; start it with torchrun")
     if not torch.cuda.is_available():
         return World(rank=rank, world_size=world_size, device=torch.device("cpu"))
     if not 0 <= local_rank < torch.cuda.device_count():
-        raise RuntimeError(
+        raise ValueError(
             f"LOCAL_RANK must name one of {torch.cuda.device_count()} visible GPUs: got {local_rank}; "
             "lower --nproc-per-node or widen CUDA_VISIBLE_DEVICES"
         )
@@ -60,4 +60,4 @@ def _variable(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise RuntimeError(f"{name} must be an integer: got {text!r}; start the job with torchrun") from None
+        raise ValueError(f"{name} must be an integer: got {text!r}; start the job with torchrun") from None

@@ -92,7 +92,7 @@ class Encoder:
         """Embed texts.  task: the instruction of queries (and of both sides in symmetric tasks); None for documents.
 
         Returns (n, dim) float32 in the order of the texts, unit rows unless `normalize` is false.
-        Raises RuntimeError where an embedding is not finite.
+        Raises FloatingPointError where an embedding is not finite.
         """
         formatted = [query_text(task, text) if task else document_text(text) for text in texts]
         sequences, truncated = self.tokenizer.encode_batch(formatted, self.max_tokens)
@@ -103,7 +103,7 @@ class Encoder:
                 vectors[batch.rows.cpu().numpy()] = self.model(batch, normalize=normalize).float().cpu().numpy()
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):
-            raise RuntimeError(f"the embedding of text {broken[0]} is not finite ({texts[broken[0]][:80]!r})")
+            raise FloatingPointError(f"the embedding of text {broken[0]} is not finite ({texts[broken[0]][:80]!r})")
         return vectors
 
     def golden_vectors(self) -> np.ndarray:
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.input is not None:
             n_texts = encode_file(encoder, arguments.input, arguments.output, arguments.task)
             log(f"wrote {arguments.output}: {n_texts:,} vectors; {encoder.n_truncated:,} texts were truncated")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         log(f"e5core.encode: {error}")
         return 2
     return 0

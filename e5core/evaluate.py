@@ -52,7 +52,7 @@ def evaluate(encoder: TextEncoder, sets: Sequence[EvalSet]) -> dict[str, float]:
 
     Returns {"NAME/METRIC": percentage}, not rounded: ndcg@10 and recall@100, spearman, accuracy and f1, or accuracy.
     Raises ValueError on no set, two sets of one name, a broken line (FILE:LINE); FileNotFoundError on a missing file;
-    RuntimeError where the encoder fails or a vector is not finite, naming set and text.
+    FloatingPointError where a vector is not finite, naming set and text.
     """
     scores: dict[str, float] = {}
     for eval_set, texts in read_sets(sets):
@@ -161,16 +161,16 @@ def _embed(
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts.values()))}
     try:
         vectors = encoder.encode(list(rows), task=instruction or None, normalize=normalize)
-    except RuntimeError as error:
-        raise RuntimeError(f"{name}: {error}") from error
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{name}: {error}") from error
     if vectors.ndim != 2 or len(vectors) != len(rows):
-        raise RuntimeError(
+        raise ValueError(
             f"{name}: an encoder must return ({len(rows)}, dim) for {len(rows)} texts, got {vectors.shape}"
         )
     finite = np.isfinite(vectors).all(axis=1)
     for place, text in texts.items():
         if not finite[rows[text]]:
-            raise RuntimeError(f"{name}: the embedding of {place} is not finite ({text[:60]!r}); are the weights?")
+            raise FloatingPointError(f"{name}: the embedding of {place} is not finite ({text[:60]!r})")
     return vectors[[rows[text] for text in texts.values()]]
 
 
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         log(f"e5core.evaluate: {' '.join(str(error).splitlines())}")
         return 2
     return 0

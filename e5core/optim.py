@@ -48,7 +48,7 @@ class AdamW:
     def clip_gradients(self) -> float:
         """Scale the gradients so that their global norm is at most `clip`.  Returns the norm before.
 
-        Raises RuntimeError naming the tensors whose gradient is missing or not finite.
+        Raises FloatingPointError naming the tensors whose gradient is not finite, RuntimeError where one is missing.
         """
         gradients = {name: p.grad for name, p in self.parameters.items()}
         absent = [name for name, g in gradients.items() if g is None]
@@ -57,7 +57,7 @@ class AdamW:
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])).item()
         if not math.isfinite(norm):
             broken = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
-            raise RuntimeError(f"the gradient is not finite in {len(broken)} tensors, first of them {broken[0]}")
+            raise FloatingPointError(f"the gradient is not finite in {len(broken)} tensors, first of them {broken[0]}")
         if norm > self.config.clip:
             for gradient in gradients.values():
                 gradient.mul_(self.config.clip / norm)

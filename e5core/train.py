@@ -35,12 +35,13 @@ from e5core.config import existing, load_config, write_config
 from e5core.distributed import log, start
 from e5core.encode import TEMPLATE, Encoder
 from e5core.encoder import BackboneSource, EmbeddingModel, build_model, choose_dtype
-from e5core.evaluate import EvalSet, evaluate, show_table
+from e5core.evaluate import evaluate, show_table
 from e5core.lora import LoraConfig, adapters
 from e5core.loss import InfoNCE, LossConfig, infonce_loss
 from e5core.metrics import MetricsFile, Progress
 from e5core.mixture import DataConfig, Mixture, load_mixture
 from e5core.optim import AdamW, OptimConfig, learning_rate
+from e5core.testsets import EvalSet, read_sets
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import fingerprint, resolve_model
 
@@ -72,6 +73,7 @@ class EvalConfig:
     sets: tuple[EvalSet, ...] = ()  # scored during training, to choose the best checkpoint
     metric: str | None = None  # e.g. "stsb-cc-en-dev/spearman": the best checkpoint by it is kept and used
     report: tuple[EvalSet, ...] = ()  # scored before and after training, into RUN/evaluation.json
+    max_tokens: Annotated[int, Field(ge=3)] = 512  # of every text that the trained model encodes (paper, appendix A)
 
     def __post_init__(self) -> None:
         if self.every and not self.sets:
@@ -105,7 +107,7 @@ class Config:
 def train(config: Config) -> dict[str, dict[str, float]]:
     """Run a training from config to evaluation.  Returns what RUN/evaluation.json holds.
 
-    Raises ValueError, FileNotFoundError or RuntimeError, each of which says what to do.
+    Raises ValueError, OSError or FloatingPointError, each of which says what to do.
     """
     device = start().device
     run = Path(config.train.run)
@@ -122,7 +124,7 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     model = build_model(
         model_path, dtype, device, causal=config.backbone.causal, lora=config.lora, seed=config.train.seed
     )
-    encoder = Encoder(model, tokenizer, device, config.batch.max_tokens)
+    encoder = Encoder(model, tokenizer, device, config.eval.max_tokens)
     scores = _report(run, "before", encoder, config.eval.report)
     _loop(config, run, encoder, mixture, model_path, resume_step)
     best = checkpoint.read_best(run)
@@ -152,8 +154,8 @@ def backward_step(
 ) -> InfoNCE:
     """Compute the loss of a batch and leave its gradient in the adapters (added to what is there).
 
-    budget: tokens of a micro-batch.  dropout: (seed, step).  Raises RuntimeError naming records for a loss that is not
-    finite.
+    budget: tokens of a micro-batch.  dropout: (seed, step).  Raises FloatingPointError naming records for a loss
+    that is not finite.
     """
     device = model.backbone.norm.weight.device
     *pieces, fullest = sorted(pack(batch.sequences, budget, device), key=lambda piece: len(piece.tokens))
@@ -165,7 +167,7 @@ def backward_step(
     result = infonce_loss(embeddings, batch, loss)
     if not torch.isfinite(result.loss):
         rows = torch.isfinite(embeddings).all(dim=1).logical_not().nonzero().flatten().tolist()
-        raise RuntimeError(f"the loss is not finite ({result.loss.item()}): {_blame(batch, rows)}")
+        raise FloatingPointError(f"the loss is not finite ({result.loss.item()}): {_blame(batch, rows)}")
     (gradient,) = torch.autograd.grad(result.loss, embeddings)
     kept.backward(gradient[fullest.rows])
     del kept
@@ -227,8 +229,8 @@ def _train_step(
     result = backward_step(encoder.model, batch, config.loss, config.batch.micro_batch_tokens, (seed, step))
     try:
         grad_norm = optimizer.clip_gradients()
-    except RuntimeError as error:
-        raise RuntimeError(f"step {step + 1}: {error}; records {', '.join(batch.record_ids[:5])}, ...") from error
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step + 1}: {error}; records {', '.join(batch.record_ids[:5])}, ...") from error
     lr = learning_rate(config.optim, step, n_steps)
     optimizer.update(lr)
     if first:
@@ -289,6 +291,9 @@ def _check_files(config: Config) -> Path:
     for table in ("sets", "report"):
         for i, item in enumerate(config.eval.sets if table == "sets" else config.eval.report):
             existing(Path(item.path), f"eval.{table}[{i}].path")
+    for sets in (config.eval.sets, config.eval.report):
+        if sets:
+            read_sets(sets)
     try:
         return resolve_model(config.backbone.path)
     except FileNotFoundError as error:
@@ -365,7 +370,7 @@ def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card
         base_sha256=fingerprint(model_path),
         causal=config.backbone.causal,
         dtype=config.backbone.dtype,
-        max_tokens=config.batch.max_tokens,
+        max_tokens=config.eval.max_tokens,
         lora=asdict(config.lora),
         tokenizer=asdict(config.tokenizer),
         tokenizer_contract=dict(encoder.tokenizer.contract()),
@@ -393,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         train(load_config(Config, arguments.config, arguments.overrides))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         log(f"e5core.train: {error}")
         return 2
     return 0

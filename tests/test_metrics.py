@@ -174,7 +174,7 @@ def test_more_than_one_process_is_refused_by_name(
     for other in RANK_VARIABLES:
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
-    with pytest.raises(RuntimeError, match=said):
+    with pytest.raises(ValueError, match=said):
         distributed.start()
 
 

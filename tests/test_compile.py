@@ -14,16 +14,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from e5kernels import infonce, last_token
+from e5kernels import infonce_triton, last_token_triton
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # most that a program may use, by the CUDA programming guide
-LAST_TOKEN = {"BLOCK_D": last_token.BLOCK_D}
+LAST_TOKEN = {"BLOCK_D": last_token_triton.BLOCK_D}
 KERNELS = {  # kernel: (file, options)
-    "_last_token_forward_kernel": (last_token, LAST_TOKEN),
-    "_last_token_backward_kernel": (last_token, LAST_TOKEN),
-    "_infonce_forward_kernel": (infonce, infonce.TILE),
-    "_infonce_d_queries_kernel": (infonce, infonce.TILE),
-    "_infonce_d_candidates_kernel": (infonce, infonce.TILE),
+    "_last_token_forward_kernel": (last_token_triton, LAST_TOKEN),
+    "_last_token_backward_kernel": (last_token_triton, LAST_TOKEN),
+    "_infonce_forward_kernel": (infonce_triton, infonce_triton.TILE),
+    "_infonce_d_queries_kernel": (infonce_triton, infonce_triton.TILE),
+    "_infonce_d_candidates_kernel": (infonce_triton, infonce_triton.TILE),
 }
 IN_CALLERS_DTYPE = ("queries_ptr", "candidates_ptr", "hidden_ptr", "pooled_ptr", "d_hidden_ptr", "d_pooled_ptr")
 POINTERS = {
@@ -97,7 +97,7 @@ def test_kernel_compiles_and_fits(name: str, dtype: str, capability: int, compil
 
 
 def test_no_kernel_is_left_out() -> None:
-    folder = Path(infonce.__file__).parent
+    folder = Path(infonce_triton.__file__).parent
     defined = {
         line.split("(")[0].removeprefix("def ")
         for path in folder.glob("*.py")

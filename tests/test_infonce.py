@@ -8,17 +8,8 @@ import torch.nn.functional as F
 from tolerances import assert_fp32, assert_twice
 from torch import Tensor
 
-from e5kernels.infonce import (
-    TILE,
-    InfoNCE,
-    Relations,
-    face,
-    infonce,
-    infonce_backward,
-    infonce_forward,
-    infonce_reference,
-    infonce_triton,
-)
+from e5kernels.infonce import InfoNCE, Relations, face, infonce, infonce_reference, infonce_triton
+from e5kernels.infonce_triton import TILE, infonce_backward, infonce_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK, BLOCK_D = TILE["BLOCK"], TILE["BLOCK_D"]
@@ -33,17 +24,15 @@ def unit_rows(n: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def plain_relations(n_queries: int, n_candidates: int) -> Relations:
     """Candidate i is the positive of query i; the further ones are hard negatives, dealt round; no text twice."""
     candidates, target = torch.arange(n_candidates), torch.arange(n_queries) % n_candidates
-    return on_device(
-        Relations(
-            target=target,
-            query_ids=torch.arange(n_queries),
-            owner=candidates % n_queries,
-            banned=torch.stack([1_000 + target, 5_000 + target], 1),
-            candidate_hashes=1_000 + candidates,
-            query_open=torch.ones(n_queries, dtype=torch.bool),
-            candidate_open=torch.ones(n_candidates, dtype=torch.bool),
-        )
-    )
+    return Relations(
+        target=target,
+        query_ids=torch.arange(n_queries),
+        owner=candidates % n_queries,
+        banned=torch.stack([1_000 + target, 5_000 + target], 1),
+        candidate_hashes=1_000 + candidates,
+        query_open=torch.ones(n_queries, dtype=torch.bool),
+        candidate_open=torch.ones(n_candidates, dtype=torch.bool),
+    ).to(DEVICE)
 
 
 def messy_relations(n_queries: int, n_candidates: int) -> Relations:
@@ -53,21 +42,15 @@ def messy_relations(n_queries: int, n_candidates: int) -> Relations:
     candidate_hashes = hashes[torch.randint(len(hashes), (n_candidates,))]
     target = torch.randint(n_candidates, (n_queries,))
     banned = torch.stack([candidate_hashes[target], hashes[torch.randint(len(hashes), (n_queries,))]], 1)
-    return on_device(
-        Relations(
-            target=target,
-            query_ids=query_ids,
-            owner=query_ids[torch.randint(n_queries, (n_candidates,))],
-            banned=torch.cat([banned, banned[:, :1]], 1),
-            candidate_hashes=candidate_hashes,
-            query_open=torch.rand(n_queries) < 0.7,
-            candidate_open=torch.rand(n_candidates) < 0.7,
-        )
-    )
-
-
-def on_device(relations: Relations) -> Relations:
-    return Relations(**{name: tensor.to(DEVICE) for name, tensor in asdict(relations).items()})
+    return Relations(
+        target=target,
+        query_ids=query_ids,
+        owner=query_ids[torch.randint(n_queries, (n_candidates,))],
+        banned=torch.cat([banned, banned[:, :1]], 1),
+        candidate_hashes=candidate_hashes,
+        query_open=torch.rand(n_queries) < 0.7,
+        candidate_open=torch.rand(n_candidates) < 0.7,
+    ).to(DEVICE)
 
 
 def visible(i: int, j: int, scores: list[list[float]], r: Relations, margin: float | None) -> bool:
@@ -168,11 +151,8 @@ def test_triton_in_bf16_errs_at_most_twice_as_much_as_torch(
     relations = messy_relations(n_queries, n_candidates)
     queries, candidates = unit_rows(n_queries, dim, torch.bfloat16), unit_rows(n_candidates, dim, torch.bfloat16)
     results = []
-    for function, dtype in (
-        (infonce_triton, torch.bfloat16),
-        (infonce_reference, torch.bfloat16),
-        (infonce_reference, torch.float32),
-    ):
+    low, high = torch.bfloat16, torch.float32
+    for function, dtype in ((infonce_triton, low), (infonce_reference, low), (infonce_reference, high)):
         inputs = queries.to(dtype).requires_grad_(), candidates.to(dtype).requires_grad_()
         out = function(*inputs, relations, temperature=0.02, margin=margin)
         results.append([out.loss.detach(), out.lse, *gradients(out, *inputs)])
@@ -194,11 +174,8 @@ class TestLaws:
 
     def test_candidates_that_all_hold_the_same_text_give_exactly_zero(self, function: Face) -> None:
         relations = plain_relations(6, 17)
-        relations = replace(
-            relations,
-            candidate_hashes=torch.full_like(relations.candidate_hashes, 77),
-            banned=torch.full_like(relations.banned, 77),
-        )
+        banned, hashes = (torch.full_like(x, 77) for x in (relations.banned, relations.candidate_hashes))
+        relations = replace(relations, banned=banned, candidate_hashes=hashes)
         queries = unit_rows(6, 40).requires_grad_()
         candidates = unit_rows(1, 40).expand(17, 40).contiguous().requires_grad_()
         out = function(queries, candidates, relations, temperature=0.02)
@@ -358,6 +335,7 @@ def test_public_function_picks_the_face_by_device() -> None:
 
 
 GOOD = {"queries": torch.ones(2, 3), "candidates": torch.ones(4, 3), "temperature": 0.02, "margin": None}
+CPU_RELATIONS = plain_relations(2, 4).to(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -379,10 +357,8 @@ GOOD = {"queries": torch.ones(2, 3), "candidates": torch.ones(4, 3), "temperatur
     ],
 )
 def test_bad_arguments_are_refused(change: dict, message: str) -> None:
-    arguments = GOOD | change
-    relations = cpu_relations()
     with pytest.raises(ValueError, match=message):
-        infonce(relations=relations, **arguments)
+        infonce(relations=CPU_RELATIONS, **(GOOD | change))
 
 
 @pytest.mark.parametrize(
@@ -400,17 +376,12 @@ def test_bad_arguments_are_refused(change: dict, message: str) -> None:
 )
 def test_bad_relations_are_refused_by_name(name: str, value: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        infonce(relations=replace(cpu_relations(), **{name: value}), **GOOD)
-
-
-def cpu_relations() -> Relations:
-    return Relations(**{name: tensor.cpu() for name, tensor in asdict(plain_relations(2, 4)).items()})
+        infonce(relations=replace(CPU_RELATIONS, **{name: value}), **GOOD)
 
 
 def test_ops_are_registered_soundly() -> None:
     queries, candidates = unit_rows(3, 5).requires_grad_(), unit_rows(4, 5).requires_grad_()
-    r = messy_relations(3, 4)
-    relations = [r.target, r.query_ids, r.owner, r.banned, r.candidate_hashes, r.query_open, r.candidate_open]
+    relations = messy_relations(3, 4).tensors()
     torch.library.opcheck(infonce_forward, (queries, candidates, relations, 0.02, 0.1))
     row_loss, target_scores, _, _ = infonce_forward(queries, candidates, relations, 0.02, 0.1)
     rows = target_scores, row_loss.detach(), torch.rand(3, device=DEVICE)

@@ -13,7 +13,7 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class BatchConfig:
     max_tokens: Annotated[int, Field(ge=3)] = 512  # of every text, BOS and EOS included (paper, appendix A)
     negatives: Annotated[int, Field(ge=0, le=15)] = 1  # hard negatives per query, at most (paper: 1)
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 8192  # tokens whose activations are in memory at once
-    instruct_documents: tuple[str, ...] = ()  # kinds whose documents carry the instruction too, e.g. ["sts"]
+    instruct_documents: tuple[Literal["sts", "bitext", "plain"], ...] = ()  # symmetric kinds with it on documents too
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def build_batch(
     for i, record in enumerate(records):
         target.append(len(owner))
         for text in (chosen_positive(record, seed, step, i), *record.negatives[: config.negatives]):
-            instructed = record.kind in config.instruct_documents
+            instructed = record.symmetric and record.kind in config.instruct_documents
             texts.append(query_text(record.task, text) if instructed else document_text(text))
             owner.append(i)
             hashes.append(text_hash(text))
@@ -135,14 +135,15 @@ def pack(sequences: Sequence[Sequence[int]], budget: int, device: torch.device) 
 
     A sequence longer than the budget is a micro-batch of its own. Every row occurs exactly once.
     """
-    bins: list[tuple[int, list[int]]] = []
+    bins: list[list] = []  # [tokens used, rows]
     for row in sorted(range(len(sequences)), key=lambda r: (-len(sequences[r]), r)):
         length = len(sequences[row])
         fit = next((i for i, (used, _) in enumerate(bins) if used + length <= budget), None)
         if fit is None:
-            bins.append((length, [row]))
+            bins.append([length, [row]])
         else:
-            bins[fit] = (bins[fit][0] + length, [*bins[fit][1], row])
+            bins[fit][0] += length
+            bins[fit][1].append(row)
     return [_packed(sequences, sorted(rows), device) for _, rows in bins]
 
 

@@ -4,7 +4,7 @@
     step_N/e5core.json                                       what an encoder needs to know: base model by path and hash,
                                                              tokenization contract, template, dtype, length
     step_N/golden.npy                                        embeddings of GOLDEN_TEXTS by this checkpoint
-    step_N/optimizer.safetensors, state.json                 to go on: moments, step, digest of the data
+    step_N/optimizer.safetensors, state.json                 to go on: moments, step, digest of the data, best so far
     best.json                                                {"step", "metric", "value"}
 
 A step folder is written under a temporary name, flushed to the disk and renamed, so that a kill or a full disk at any
@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from e5core.config import read_json
 from e5core.encoder import EmbeddingModel
 from e5core.lora import LoraConfig
 from e5core.optim import AdamW
@@ -56,6 +57,7 @@ def save(
     golden: np.ndarray,
     optimizer: AdamW,
     data_digest: str,
+    best: dict[str, Any] | None,
 ) -> Path:
     """Write RUN/step_N.  Raises OSError where the disk refuses; then nothing of it is left behind."""
     final, partial = run / f"{_PREFIX}{step}", run / f".partial_{_PREFIX}{step}"
@@ -66,7 +68,9 @@ def save(
         _write_json(partial / "e5core.json", asdict(card))
         np.save(partial / "golden.npy", golden, allow_pickle=False)
         save_file(optimizer.state(), partial / "optimizer.safetensors")
-        _write_json(partial / "state.json", {"step": step, "n_updates": optimizer.n_updates, "data": data_digest})
+        _write_json(
+            partial / "state.json", {"step": step, "n_updates": optimizer.n_updates, "data": data_digest, "best": best}
+        )
         for file in partial.iterdir():
             _flush(file)
         _flush(partial)
@@ -93,24 +97,38 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"{_PREFIX}{step}"
 
 
-def restore(folder: Path, model: EmbeddingModel, optimizer: AdamW, data_digest: str) -> None:
-    """Fill model and optimizer from a step folder.  Raises ValueError where it is of another model or other data."""
-    state = json.loads((folder / "state.json").read_text())
+def restore(
+    folder: Path, model: EmbeddingModel, optimizer: AdamW, data_digest: str, card: Card
+) -> dict[str, Any] | None:
+    """Fill model and optimizer from a step folder.  Returns the best checkpoint's record as it was then.
+
+    Raises ValueError where the folder is of another base model, tokenizer or other data, or damaged.
+    """
+    state, stored = read_json(folder / "state.json"), read_card(folder)
+    for field in ("base_sha256", "tokenizer_contract", "template"):
+        was, now = asdict(stored)[field], asdict(card)[field]
+        if was != now:
+            raise ValueError(f"{folder}: {field} was {was}, is {now}; put the model's files back or start a new run")
     if state["data"] != data_digest:
         raise ValueError(
             f"{folder}: the training records have changed since this checkpoint, so the run cannot go on as it was; "
             "put the files back, or start a new run with another train.run"
         )
     read_adapter(folder, model.backbone)
-    optimizer.load_state(load_file(folder / "optimizer.safetensors"), state["n_updates"])
+    try:
+        moments = load_file(folder / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: optimizer.safetensors is damaged ({error}); delete {folder.name}") from error
+    optimizer.load_state(moments, state["n_updates"])
+    return state["best"]
 
 
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the best one."""
     best = read_best(run)
     kept = {*steps_of(run)[-keep:], *([] if best is None else [best["step"]])}
-    for step in set(steps_of(run)) - kept:
-        shutil.rmtree(step_folder(run, step))
+    for step in set(steps_of(run)) - kept:  # renamed first: half a deletion must not look like a checkpoint
+        os.rename(step_folder(run, step), run / f".partial_{_PREFIX}{step}")
     for leftover in run.glob(f".partial_{_PREFIX}*"):
         shutil.rmtree(leftover)
 
@@ -121,7 +139,7 @@ def read_card(folder: Path) -> Card:
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no e5core.json; this is no adapter that e5core saved")
     try:
-        return Card(**json.loads(file.read_text(encoding="utf-8")))
+        return Card(**read_json(file))
     except TypeError as error:
         raise ValueError(f"{file}: of another version of e5core ({error})") from error
 
@@ -129,14 +147,18 @@ def read_card(folder: Path) -> Card:
 def read_best(run: Path) -> dict[str, Any] | None:
     """Return {"step", "metric", "value"} of the best checkpoint, or None."""
     file = run / "best.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file under a temporary name and rename it."""
     partial = path.with_name(f".partial_{path.name}")
-    _write_json(partial, value)
-    os.replace(partial, path)
+    try:
+        _write_json(partial, value)
+        _flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

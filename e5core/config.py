@@ -1,4 +1,4 @@
-"""Read a TOML file plus dotted overrides into any frozen dataclass, and write one back.
+"""Read a TOML file plus dotted overrides into any frozen dataclass, and write one back; read JSON with named faults.
 
 Each room owns its dataclass (frozen, keyword-only, slots; standard library) and this file knows none of them.
 pydantic checks types and ranges strictly: a string is no number, `true` is no integer, an integer serves where a float
@@ -15,10 +15,11 @@ import difflib
 import json
 import os
 import re
+import sys
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
 
     An override's value is read as TOML, and as a plain string where it is not TOML. ValueErrors of a dataclass's
     `__post_init__` (checks across fields) are reported under the dotted path of its table.
+    Infinite numbers and NaN are refused everywhere: they would pass most ranges, and end in a loss that is NaN.
     Returns a cls.  Raises ConfigError with every fault found.
     """
     table = _read_toml(path)
@@ -51,6 +53,8 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         config = pydantic.TypeAdapter(cls).validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         faults += _validation_faults(cls, table, error)
+    named = {fault.partition(": ")[0] for fault in faults}
+    faults += [f"{dotted}: {cause}" for dotted, cause in _not_finite(table, ()) if dotted not in named]
     if faults or config is None:
         raise ConfigError("\n  ".join([f"{path}: {len(faults)} fault{'s' * (len(faults) != 1)}", *faults]))
     return config
@@ -84,6 +88,30 @@ def existing(path: Path, dotted: str) -> Path:
     if path.exists():
         return path
     raise ConfigError(f"{dotted}: {_no_such_file(path)}")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Returns what json.loads gives.  Raises ValueError "FILE:LINE: not JSON (...)" where it is not UTF-8 text in JSON.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        raise ValueError(
+            f"{path}:{_json_fault(error)}; the file was cut off or damaged, copy or download it again"
+        ) from error
+
+
+def _json_fault(error: ValueError | RecursionError) -> str:
+    """Return "LINE: not JSON (CAUSE)" of what json.loads or the decoding before it raised."""
+    line, cause = 1, str(error)
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object.count(b"\n", 0, error.start) + 1
+        cause = f"byte {error.start} is {error.object[error.start]:#04x}, which is no UTF-8"
+    elif isinstance(error, json.JSONDecodeError):
+        line, cause = error.lineno, f"{error.msg} at column {error.colno}"
+    return f"{line}: not JSON ({cause})"
 
 
 def _no_such_file(path: Path) -> str:
@@ -155,6 +183,15 @@ def _validation_faults(cls: type, table: Mapping[str, Any], error: pydantic.Vali
         causes.setdefault(dotted, []).append(cause)
         tails[dotted] = tail
     return [f"{dotted}: {' or '.join(dict.fromkeys(causes[dotted]))}{tails[dotted]}" for dotted in causes]
+
+
+def _not_finite(value: object, location: Location) -> Iterator[tuple[str, str]]:
+    """Yield (dotted path, what is wrong) for every number that is infinite, NaN or beyond a float."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, (*location, key))
+    elif isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # NaN compares false
+        yield _dotted(location), f"must be a finite number; got {_show(value)}"
 
 
 def _without_union_tags(table: Mapping[str, Any], location: Location, missing: bool) -> Location:

@@ -175,5 +175,6 @@ def mix_tensor(z: Tensor) -> Tensor:
 
 
 def signed(value: int) -> int:
-    """Read 64 bits as a signed integer."""
+    """Read the low 64 bits as a signed integer."""
+    value &= _U64
     return value - (1 << 64) if value >> 63 else value

@@ -38,6 +38,12 @@ DEFAULT_TASKS = {  # by kind, for other names; what a classification is about ca
     "sts": "Retrieve semantically similar text.",
     "bitext": "Retrieve parallel sentences.",
 }
+METRICS = {  # what evaluate.py measures, by kind
+    "retrieval": ("ndcg@10", "recall@100"),
+    "sts": ("spearman",),
+    "bitext": ("accuracy", "f1"),
+    "classification": ("accuracy",),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +81,11 @@ class EvalSet:
             return self.task
         named = (task for pattern, task in TASKS.items() if fnmatchcase(self.name, pattern))
         return next(named, DEFAULT_TASKS.get(self.kind, ""))
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The full names of the set's scores, as evaluate returns them: ("stsb-cc-en-dev/spearman",)."""
+        return tuple(f"{self.name}/{metric}" for metric in METRICS[self.kind])
 
 
 @dataclass(frozen=True, slots=True)

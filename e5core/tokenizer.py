@@ -22,7 +22,8 @@ import pydantic
 import sentencepiece
 import tokenizers
 
-from e5core.gguf_tokenizer import load_gguf_tokenizer
+from e5core.config import read_json
+from e5core.gguf_tokenizer import RefusalsNamed, load_gguf_tokenizer
 
 TokenId = Annotated[int, pydantic.Field(ge=0)]
 
@@ -254,12 +255,19 @@ def _find_in_folder(folder: Path) -> _Found:
 
 def _from_tokenizer_json(folder: Path) -> _Found:
     path = folder / "tokenizer.json"
-    content = _read_json(path)
-    kind = content.get("model", {}).get("type")
-    if kind != "BPE":
-        raise ValueError(f"{path} holds a tokenizer of type {kind!r}, allowed is 'BPE'")
-    model = _BytePairModel(tokenizers.Tokenizer.from_file(str(path)))
-    converted = bool(content["model"].get("byte_fallback"))  # from sentencepiece
+    content = _read_object(path).get("model")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: model must be an object, got {content!r:.80}; copy or download it again")
+    if content.get("type") != "BPE":
+        raise ValueError(f"{path} holds a tokenizer of type {content.get('type')!r}, allowed is 'BPE'")
+    for key, kind, article in (("vocab", dict, "an object"), ("merges", list, "a list")):
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"{path}: model.{key} must be {article}, got {content.get(key)!r:.80}")
+    if not content["vocab"]:
+        raise ValueError(f"{path}: model.vocab must not be empty; copy or download it again")
+    with RefusalsNamed(path):
+        model = _BytePairModel(tokenizers.Tokenizer.from_file(str(path)))
+    converted = bool(content.get("byte_fallback"))  # from sentencepiece
     if converted and (folder / "tokenizer.model").is_file():
         # The original decides where it has every piece: Mistral's as transformers 5 converts it gave other ids.
         original = _from_sentencepiece_file(folder / "tokenizer.model")
@@ -296,27 +304,40 @@ def _special_ids(
 ) -> tuple[int | None, int | None, bool | None]:
     """Return (bos_id, eos_id, add_bos) as the folder's config files say, the tokenizer's before the model's."""
     names = ("tokenizer_config.json", "config.json", "generation_config.json")
-    tokenizer_config, *model_configs = [_read_json(folder / n) if (folder / n).is_file() else {} for n in names]
+    configs = {folder / n: _read_object(folder / n) for n in names if (folder / n).is_file()}
+    tokenizer_config = configs.pop(folder / names[0], {})
     ids: list[int | None] = []
     for name in ("bos", "eos"):
         token = tokenizer_config.get(f"{name}_token")
-        piece = token["content"] if isinstance(token, dict) else token
-        listed = [config[f"{name}_token_id"] for config in model_configs if config.get(f"{name}_token_id") is not None]
-        if piece is not None:
-            ids.append(model.token_id(piece))
-            if ids[-1] is None:
-                raise ValueError(f"{folder / names[0]}: {name}_token {piece!r} is no piece of the tokenizer")
-        else:
-            first = listed[0] if listed else None
-            ids.append(first[0] if isinstance(first, list) else first)
-    return ids[0], ids[1], tokenizer_config.get("add_bos_token")
+        piece = token.get("content", token) if isinstance(token, dict) else token
+        if piece is None:
+            ids.append(_listed_id(configs, f"{name}_token_id"))
+            continue
+        token_id = model.token_id(piece) if isinstance(piece, str) else None
+        if token_id is None:
+            raise ValueError(f"{folder / names[0]}: {name}_token {piece!r} is no piece of the tokenizer")
+        ids.append(token_id)
+    add_bos = tokenizer_config.get("add_bos_token")
+    if add_bos is not None and not isinstance(add_bos, bool):
+        raise ValueError(f"{folder / names[0]}: add_bos_token must be true or false, got {add_bos!r}")
+    return ids[0], ids[1], add_bos
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; copy it again") from error
+def _listed_id(configs: Mapping[Path, Mapping[str, Any]], key: str) -> int | None:
+    """Return the id that the first of the files names, of a list its first, or None where none does."""
+    for path, config in configs.items():
+        listed = config.get(key)
+        token_id = listed[0] if isinstance(listed, list) and listed else listed
+        if token_id is None:
+            continue
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise ValueError(f"{path}: {key} must be a whole number or a list of them, got {listed!r}")
+        return token_id
+    return None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content

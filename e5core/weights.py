@@ -11,6 +11,7 @@ of the llama architecture with the rotary pairs interleaved; they are put back i
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,6 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from e5core.backbone import Backbone, BackboneConfig
+from e5core.config import read_json
+from e5core.gguf_tokenizer import read_gguf_header
 from e5core.lora import LoraConfig, adapters
 
 FAMILIES = ("llama", "mistral")
@@ -53,14 +56,18 @@ _GGUF_NAMES = {
 }
 _PEFT_PREFIX = "base_model.model."  # of an adapter on a model without a head (task type FEATURE_EXTRACTION)
 # Tensors that a decoder file may hold and an embedder does not use.
-_UNUSED = ("lm_head.weight", "output.weight", "rope_freqs.weight")
+_GGUF_DIVISORS = "rope_freqs.weight"  # llama.cpp's place for Llama 3.1's rope scaling
+_UNUSED = ("lm_head.weight", "output.weight", _GGUF_DIVISORS)
+_EXPECTED_FILES = (
+    "config.json, model.safetensors or model.safetensors.index.json with its parts, tokenizer.json or tokenizer.model"
+)
 
 
 def resolve_model(name: str) -> Path:
     """Find the model that `name` means: a folder, a .gguf file, or package:NAME/FILE.
 
-    Raises FileNotFoundError that says what was looked for, and, where the name looks like a Hugging Face hub id, the
-    command that downloads it (we never download ourselves).
+    Raises FileNotFoundError that says what was looked for, and, where the name looks like a Hugging Face hub id or a
+    folder to download into, the command that does it (we never download ourselves).
     """
     if name.startswith("package:"):
         package, _, file = name.removeprefix("package:").partition("/")
@@ -76,15 +83,26 @@ def resolve_model(name: str) -> Path:
         return path
     if path.exists():
         raise FileNotFoundError(f"{name}: a model is a Hugging Face folder or a .gguf file, not this")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix != ".gguf":
-        folder = f"models/{name.split('/')[1]}"
-        raise FileNotFoundError(
-            f"{name}: no such folder, and hub ids are not downloaded here. Run\n"
-            f"    hf download {name} --local-dir {folder}\n"
-            f"and set the path to {folder} (expected there: config.json, model.safetensors or "
-            "model.safetensors.index.json with its parts, tokenizer.json or tokenizer.model)"
-        )
-    raise FileNotFoundError(f"{name}: no such model; give a Hugging Face folder, a .gguf file or package:NAME/FILE")
+    raise FileNotFoundError(f"{name}: {_no_such_model(name, path)}")
+
+
+def _no_such_model(name: str, path: Path) -> str:
+    if "/" in name and not name.startswith((".", "/", "~")) and path.suffix != ".gguf":
+        first = path.parts[0]
+        if len(path.parts) > 1 and (first == "models" or Path(first).is_dir()):
+            return (
+                "no such folder, and models are not downloaded here. Run\n"
+                f"    hf download OWNER/{path.name} --local-dir {path}\n"
+                f"with the owner that it has on the hub (expected in the folder: {_EXPECTED_FILES})"
+            )
+        if len(path.parts) == 2:
+            folder = f"models/{path.name}"
+            return (
+                "no such folder, and hub ids are not downloaded here. Run\n"
+                f"    hf download {name} --local-dir {folder}\n"
+                f"and set the path to {folder} (expected there: {_EXPECTED_FILES})"
+            )
+    return "no such model; give a Hugging Face folder, a .gguf file or package:NAME/FILE"
 
 
 def read_config(path: Path, *, causal: bool = True) -> BackboneConfig:
@@ -197,39 +215,68 @@ def _is_base(name: str) -> bool:
 def _hf_config(folder: Path) -> BackboneConfig:
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder}: no config.json; a Hugging Face folder holds config.json, model.safetensors (or "
-            "model.safetensors.index.json with its parts) and tokenizer.json or tokenizer.model"
-        )
-    raw = json.loads(file.read_text(encoding="utf-8"))
+        raise FileNotFoundError(f"{folder}: no config.json; a Hugging Face folder holds {_EXPECTED_FILES}")
+    raw = _object(read_json(file), "the file", file)
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{file}: architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     for key, allowed in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if raw.get(key, allowed) != allowed:
             raise ValueError(f"{file}: {key} = {raw[key]!r} is not supported for {family}; it must be {allowed!r}")
+    rope = _object(raw.get("rope_parameters") or {}, "rope_parameters", file)  # transformers 5 writes it
+    scaling = rope or _object(raw.get("rope_scaling") or {}, "rope_scaling", file)  # before it, beside rope_theta
+    theta = _positive(rope | {"rope_theta": rope.get("rope_theta") or raw.get("rope_theta")}, "rope_theta", file, 1e4)
+    dim, n_heads = _size(raw, "hidden_size", file), _size(raw, "num_attention_heads", file)
+    head_dim = _size(raw, "head_dim", file, dim // n_heads)
+    return _backbone_config(
+        file,
+        family=family,
+        dim=dim,
+        n_layers=_size(raw, "num_hidden_layers", file),
+        n_heads=n_heads,
+        n_kv_heads=_size(raw, "num_key_value_heads", file, n_heads),
+        head_dim=head_dim,
+        hidden_dim=_size(raw, "intermediate_size", file),
+        vocab_size=_size(raw, "vocab_size", file),
+        norm_eps=_positive(raw, "rms_norm_eps", file),
+        rope_theta=theta,
+        rope_divisors=_rope_divisors(scaling, theta, head_dim, file),
+        window=_size(raw, "sliding_window", file) if family == "mistral" and raw.get("sliding_window") else None,
+        max_positions=_size(raw, "max_position_embeddings", file),
+    )
+
+
+def _object(value: Any, what: str, file: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: {what} must be a JSON object: got {value!r:.80}")
+    return value
+
+
+def _positive(table: dict[str, Any], key: str, file: Path, default: float | None = None) -> float:
+    """Return a number above 0 of config.json or a GGUF's metadata; null is as good as absent where a default is."""
+    value = table.get(key)
+    if value is None and default is not None:
+        value = default
+    if value is None and key not in table:
+        raise ValueError(f"{file}: {key!r} is missing; it must say the size of the model")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{file}: {key} must be a number above 0: got {value!r:.80}")
+    return float(value)
+
+
+def _size(table: dict[str, Any], key: str, file: Path, default: int | None = None) -> int:
+    """Return a whole number above 0, else as _positive."""
+    value = _positive(table, key, file, default)
+    if isinstance(table.get(key), float):
+        raise ValueError(f"{file}: {key} must be a whole number above 0: got {table[key]!r}")
+    return int(value)
+
+
+def _backbone_config(file: Path, **fields: Any) -> BackboneConfig:
     try:
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        rope = raw.get("rope_parameters") or {}  # transformers 5 writes it; before, rope_theta and rope_scaling
-        theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-        scaling = rope or raw.get("rope_scaling") or {}
-        return BackboneConfig(
-            family=family,
-            dim=raw["hidden_size"],
-            n_layers=raw["num_hidden_layers"],
-            n_heads=raw["num_attention_heads"],
-            n_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=head_dim,
-            hidden_dim=raw["intermediate_size"],
-            vocab_size=raw["vocab_size"],
-            norm_eps=raw["rms_norm_eps"],
-            rope_theta=theta,
-            rope_divisors=_rope_divisors(scaling, theta, head_dim, file),
-            window=raw.get("sliding_window") if family == "mistral" else None,
-            max_positions=raw["max_position_embeddings"],
-        )
-    except KeyError as error:
-        raise ValueError(f"{file}: {error.args[0]!r} is missing; it must say the size of the model") from error
+        return BackboneConfig(**fields)
+    except ValueError as error:  # sizes that do not fit each other
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _rope_divisors(scaling: dict[str, Any], theta: float, head_dim: int, file: Path) -> tuple[float, ...] | None:
@@ -238,11 +285,13 @@ def _rope_divisors(scaling: dict[str, Any], theta: float, head_dim: int, file: P
     if kind == "default":
         return None
     if kind == "linear":
-        return (float(scaling["factor"]),) * (head_dim // 2)
+        return (_positive(scaling, "factor", file),) * (head_dim // 2)
     if kind != "llama3":
         raise ValueError(f"{file}: rope scaling {kind!r} is not supported; supported are default, linear, llama3")
-    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    trained = float(scaling["original_max_position_embeddings"])
+    factor, low, high = (_positive(scaling, key, file) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise ValueError(f"{file}: low_freq_factor must be below high_freq_factor: got {low:g} and {high:g}")
+    trained = _positive(scaling, "original_max_position_embeddings", file)
     divisors = []
     for i in range(0, head_dim, 2):
         turns = trained * theta ** (-i / head_dim) / (2 * math.pi)  # full turns within the trained length
@@ -254,7 +303,10 @@ def _rope_divisors(scaling: dict[str, Any], theta: float, head_dim: int, file: P
 def _safetensors_files(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        files = [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        parts = _object(_object(read_json(index), "the file", index).get("weight_map"), "weight_map", index).values()
+        if not parts or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{index}: weight_map must name a file for every tensor; download it again")
+        files = [folder / part for part in sorted(set(parts))]
     elif single.is_file():
         files = [single]
     else:
@@ -306,51 +358,61 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     return reader
 
 
-def gguf_field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    """Return a metadata value as plain Python, or the default where the file has no such key."""
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
-
-
 def _gguf_config(path: Path) -> BackboneConfig:
-    reader = open_gguf(path)
-    family = gguf_field(reader, "general.architecture")
+    metadata, names = read_gguf_header(path)
+    family = metadata.get("general.architecture")
     if family not in FAMILIES:
         raise ValueError(f"{path}: architecture {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-
-    def size(key: str) -> Any:
-        value = gguf_field(reader, f"{family}.{key}")
-        if value is None:
-            raise ValueError(f"{path}: the metadata has no {family}.{key}; it must say the size of the model")
-        return value
-
-    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
-    n_heads = size("attention.head_count")
-    head_dim = gguf_field(reader, f"{family}.attention.key_length", size("embedding_length") // n_heads)
-    kind = gguf_field(reader, f"{family}.rope.scaling.type", "none")
+    kind = metadata.get(f"{family}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ValueError(f"{path}: rope scaling {kind!r} is not supported; supported are none, linear, rope_freqs")
+
+    def size(key: str, default: int | None = None) -> int:
+        return _size(metadata, f"{family}.{key}", path, default)
+
+    n_heads = size("attention.head_count")
+    head_dim = size("attention.key_length", size("embedding_length") // n_heads)
     divisors = None
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            divisors = tuple(tensor.data.astype(np.float64).tolist())
     if kind == "linear":
-        divisors = (float(size("rope.scaling.factor")),) * (head_dim // 2)
-    return BackboneConfig(
+        divisors = (_positive(metadata, f"{family}.rope.scaling.factor", path),) * (head_dim // 2)
+    elif _GGUF_DIVISORS in names:
+        divisors = tuple(_gguf_divisors(path).tolist())
+    tokens = metadata.get("tokenizer.ggml.tokens")  # files of 2023 say the vocabulary's size by them alone
+    return _backbone_config(
+        path,
         family=family,
         dim=size("embedding_length"),
         n_layers=size("block_count"),
         n_heads=n_heads,
-        n_kv_heads=gguf_field(reader, f"{family}.attention.head_count_kv", n_heads),
+        n_kv_heads=size("attention.head_count_kv", n_heads),
         head_dim=head_dim,
         hidden_dim=size("feed_forward_length"),
-        vocab_size=shapes.get("token_embd.weight", [0, size("vocab_size")])[1],
-        norm_eps=size("attention.layer_norm_rms_epsilon"),
-        rope_theta=float(gguf_field(reader, f"{family}.rope.freq_base", 10_000.0)),
+        vocab_size=size("vocab_size", len(tokens) if isinstance(tokens, list) else None),
+        norm_eps=_positive(metadata, f"{family}.attention.layer_norm_rms_epsilon", path),
+        rope_theta=_positive(metadata, f"{family}.rope.freq_base", path, 10_000.0),
         rope_divisors=divisors,
-        window=gguf_field(reader, f"{family}.attention.sliding_window"),
+        window=size("attention.sliding_window") if metadata.get(f"{family}.attention.sliding_window") else None,
         max_positions=size("context_length"),
     )
+
+
+def _gguf_divisors(path: Path) -> np.ndarray:
+    """Read rope_freqs.weight.  Returns (head_dim / 2,) float64, all above 0."""
+    tensor = next(tensor for tensor in open_gguf(path).tensors if tensor.name == _GGUF_DIVISORS)
+    divisors = _dequantised(path, tensor).astype(np.float64)
+    if divisors.ndim != 1 or not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise ValueError(f"{path}: {_GGUF_DIVISORS} must be a row of numbers above 0; the file is damaged")
+    return divisors
+
+
+def _dequantised(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
+    try:
+        return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which cannot be read; take a file of F32, "
+            "F16, BF16 or a usual quantisation such as Q8_0 or Q4_K_M"
+        ) from error
 
 
 def _gguf_tensors(path: Path, config: BackboneConfig) -> Iterator[tuple[str, Tensor]]:
@@ -358,7 +420,7 @@ def _gguf_tensors(path: Path, config: BackboneConfig) -> Iterator[tuple[str, Ten
         name = _our_name(tensor.name, "token_embd.weight", "output_norm.weight", "blk", _GGUF_NAMES)
         if name is None:
             continue
-        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        values = torch.from_numpy(_dequantised(path, tensor))
         heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
         yield name, values if heads is None else _halves(values, heads)
 

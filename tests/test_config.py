@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from e5core.config import ConfigError, existing, load_config, write_config
+from e5core.config import ConfigError, existing, load_config, read_json, write_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +109,57 @@ def test_wrong_value_is_named_with_path_value_and_what_is_allowed(
     assert list(found) == [dotted]
     for word in words:
         assert word in found[dotted]
+
+
+@pytest.mark.parametrize(
+    "number, shown", [("inf", "Infinity"), ("-inf", "-Infinity"), ("nan", "NaN"), ("1e999", "Inf")]
+)
+@pytest.mark.parametrize(
+    "text, dotted",
+    [
+        ("[optim]\nclip = {}", "optim.clip"),
+        ("[optim]\nbetas = [0.5, {}]", "optim.betas[1]"),
+        ("[model.second]\nclip = {}", "model.second.clip"),
+        ("[[data.sources]]\npath='a'\n[[data.sources]]\npath='b'\nweight = {}", "data.sources[1].weight"),
+        ("[data.named.fever]\npath = 'a'\nweight = {}", "data.named.fever.weight"),
+    ],
+)
+def test_number_that_is_not_finite_is_named_at_every_depth(
+    tmp_path: Path, text: str, dotted: str, number: str, shown: str
+) -> None:
+    assert shown in faults(tmp_path, text.format(number))[dotted]
+
+
+def test_override_and_huge_number_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    assert faults(tmp_path, "", "optim.clip=inf") == {"optim.clip": "must be a finite number; got Infinity"}
+    assert list(faults(tmp_path, f"[optim]\nclip = 1{'0' * 400}")) == ["optim.clip"]
+    assert load(tmp_path, "[optim]\nclip = 1e308\n[model]\nname = 'inf'").model.name == "inf"
+    with pytest.raises(ConfigError, match="optim.clip: must be a finite number"):
+        write_config(Config(optim=Optim(clip=float("inf"))), tmp_path / "out.toml")
+    assert not (tmp_path / "out.toml").exists()
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", ":1: not JSON .Expecting value at column 1.;"),
+        (b'{"a": 1,\n"b": [1,\n', ":3: not JSON .Expecting value at column 1.;"),
+        (b'{"a": 1,\n"b" 2}', ":2: not JSON .Expecting ':' delimiter at column 5.;"),
+        (b'{"a": 1,\n"b": "\xe9"}', ":2: not JSON .byte 15 is 0xe9, which is no UTF-8.;"),
+        (b"[" * 100_000, ":1: not JSON .*recursion"),
+        (b"1" * 5000, ":1: not JSON .*digits"),
+    ],
+)
+def test_broken_json_is_named_by_file_and_line(tmp_path: Path, data: bytes, message: str) -> None:
+    file = tmp_path / "x.json"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{file}{message}"):
+        read_json(file)
+
+
+def test_json_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"é": [1, 2.5, null, true]}', encoding="utf-8")
+    assert read_json(tmp_path / "x.json") == {"é": [1, 2.5, None, True]}
 
 
 @pytest.mark.parametrize(

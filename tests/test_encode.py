@@ -1,6 +1,9 @@
 """Encoding keeps the order, does not depend on batching, and says what is wrong with its input."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 import torch
 from models import save_embedder
 from safetensors.torch import load_file, save_file
-from test_train import CONFIG, SYNTHETIC
+from test_train import CONFIG, ROOT, SYNTHETIC
 from test_weights import SMOLLM2, smollm2
 
 from e5core.encode import GOLDEN_TEXTS, Encoder, main
@@ -63,7 +66,12 @@ def test_the_command_line_writes_what_python_returns(run: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "texts.jsonl:2: not JSON"), ('{"query": "x"}', "texts.jsonl:2: every line"), ("3", "texts.jsonl:2: every")],
+    [
+        ("{", "texts.jsonl:2: broken JSON"),
+        ('{"query": "x"}', "texts.jsonl:2: missing field text"),
+        ("3", "texts.jsonl:2: a line must be a JSON object"),
+        ('{"text": "\\ud83d"}', "texts.jsonl:2: text holds half a surrogate pair"),
+    ],
 )
 def test_a_broken_line_is_named_and_writes_nothing(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], line: str, message: str
@@ -72,6 +80,24 @@ def test_a_broken_line_is_named_and_writes_nothing(
     source.write_text(source.read_text() + line + "\n")
     assert main([str(run), "--input", str(source), "--output", str(tmp_path / "v.npy")]) == 2
     assert message in capfd.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["texts.jsonl"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from e5core.encode import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    source, output = write_texts(tmp_path / "texts.jsonl", ["a"] * 100), tmp_path / "v.npy"
+    command = [sys.executable, "-c", FULL_DISK, str(run), "--input", str(source), "--output", str(output)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["texts.jsonl"]
 
 

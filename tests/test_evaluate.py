@@ -285,6 +285,20 @@ def test_classification_by_chance_scores_what_chance_gives(tmp_path: Path) -> No
 # The shipped sets, names and instructions
 
 
+def test_measures_are_the_names_of_the_scores_in_their_order(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "some-sts" / "dev.jsonl", [("a", "b"), ("c", "c")], [1, 2])
+    for split in ("train", "test"):
+        write_lines(tmp_path / "toy" / f"{split}.jsonl", [{"text": label, "label": label} for label in "ab"])
+    sets = [
+        retrieval(write_beir(tmp_path / "beir", {"d": "d"}, {"q": "q"}, ["q\td\t1"])),
+        EvalSet(kind="sts", path=str(pairs)),
+        EvalSet(kind="bitext", path=str(shutil.copy(pairs, tmp_path / "deu-eng.jsonl"))),
+        EvalSet(kind="classification", path=str(tmp_path / "toy"), task="Guess."),
+    ]
+    assert [name for eval_set in sets for name in eval_set.measures] == list(evaluate(WordEncoder(), sets))
+    assert sets[0].measures == ("beir/ndcg@10", "beir/recall@100") and sets[1].measures == ("some-sts-dev/spearman",)
+
+
 def test_the_shipped_sets_have_the_counts_of_their_readmes() -> None:
     for name, n_documents, n_queries, n_judgements in (("xquad-en", 240, 1185, 1185), ("scifact-small", 800, 300, 339)):
         read = read_retrieval(DATA / "retrieval" / name)

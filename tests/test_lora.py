@@ -99,6 +99,8 @@ def test_the_function_s_gradient_with_dropout_is_right(tmp_path: Path) -> None:
 def test_dropout_bits_are_splitmix64_of_the_key() -> None:
     keys, stream, drop_below, channels = [0, 5, -1, -(2**63), 123456789], 0xFEDCBA9876543210, 77, 21
     got = dropout_scale(torch.tensor(keys), stream, channels, drop_below, torch.float64)
+    signed_stream = stream - 2**64  # as LoraLinear passes it
+    assert torch.equal(got, dropout_scale(torch.tensor(keys), signed_stream, channels, drop_below, torch.float64))
     for t, key in enumerate(keys):
         for c in range(channels):
             word = mix(((key ^ stream) + (c // 8) * 0x9E3779B97F4A7C15) % 2**64)

@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from e5core.gguf_tokenizer import read_gguf_metadata
+from e5core.gguf_tokenizer import RefusalsNamed, read_gguf_metadata
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -413,7 +413,7 @@ def test_broken_files_are_named(tmp_path: Path, smollm2_file: Path, mistral_file
     with pytest.raises(ValueError, match="tokenizer.model is not a whole sentencepiece model"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"', encoding="utf-8")
-    with pytest.raises(ValueError, match="tokenizer.json is not valid JSON"):
+    with pytest.raises(ValueError, match="tokenizer.json:1: not JSON"):
         Tokenizer.load(tmp_path)
     write_json(tmp_path / "tokenizer.json", {"model": {"type": "Unigram"}})
     with pytest.raises(ValueError, match="'Unigram', allowed is 'BPE'"):
@@ -423,6 +423,61 @@ def test_broken_files_are_named(tmp_path: Path, smollm2_file: Path, mistral_file
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"model": ["BPE"]}, r"model must be an object, got \['BPE'\]"),
+        ({"model": {"type": "BPE", "merges": []}}, "model.vocab must be an object, got None"),
+        ({"model": {"type": "BPE", "vocab": ["a"], "merges": []}}, "model.vocab must be an object, got"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "model.vocab must not be empty"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}}}, "model.merges must be a list, got None"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}, "refuses it .Token `b` out of vocab"),
+        ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "refuses it .invalid value"),
+        ({"normalizer": {"type": "None such"}}, "refuses it"),
+        ({"added_tokens": 3}, "refuses it"),
+        ({"version": "9"}, "refuses it"),
+    ],
+)
+def test_a_tokenizer_json_that_the_library_refuses_is_named(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    whole = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []}}
+    write_json(tmp_path / "config.json", {"eos_token_id": 1})
+    write_json(tmp_path / "tokenizer.json", whole)
+    assert Tokenizer.load(tmp_path).eos_id == 1
+    write_json(tmp_path / "tokenizer.json", whole | change)
+    with pytest.raises(ValueError, match=f"tokenizer.json.*{message}"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), RuntimeError("b"), KeyboardInterrupt()])
+def test_only_the_librarys_own_refusal_becomes_a_damaged_file(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), RefusalsNamed(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", {"eos_token_id": "1"}, "eos_token_id must be a whole number or a list of them, got '1'"),
+        ("config.json", {"eos_token_id": []}, r"eos_token_id must be a whole number or a list of them, got \[\]"),
+        ("config.json", {"eos_token_id": 1, "bos_token_id": True}, "bos_token_id must be a whole number"),
+        ("config.json", [], "must hold a JSON object, got list"),
+        ("tokenizer_config.json", {"eos_token": 1}, "eos_token 1 is no piece"),
+        ("tokenizer_config.json", {"eos_token": {}}, "eos_token {} is no piece"),
+        ("tokenizer_config.json", {"eos_token": "</s>", "add_bos_token": "no"}, "must be true or false, got 'no'"),
+    ],
+)
+def test_special_ids_of_a_wrong_kind_are_named(file: str, content: Any, message: str, tmp_path: Path) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []}
+    write_json(tmp_path / "tokenizer.json", {"version": "1.0", "model": model})
+    write_json(tmp_path / file, content)
+    with pytest.raises(ValueError, match=f"/{file}.*{message}"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"merges": ["a"]}, "merges is no pair"),
+        ({"merges": ["none such"]}, "m.gguf: `tokenizers` refuses it"),
         ({"pre": "tekken"}, "pre is 'tekken', supported are default, gpt-2, smollm, llama-bpe, qwen2"),
         ({"pre": None}, "lacks tokenizer.ggml.pre"),
         ({"merges": None}, "lacks tokenizer.ggml.merges"),

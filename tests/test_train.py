@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,7 +248,10 @@ BAD = {
     "hub id": (["backbone.path='intfloat/e5-mistral-7b-instruct'"], "hf download intfloat/e5-mistral-7b-instruct"),
     "steps and epochs": (["train.epochs=1"], "either steps or epochs"),
     "bad target": (["lora.targets=['q_proj']"], "match no linear"),
-    "metric of no set": (["eval.metric='x/spearman'"], "eval"),
+    "metric of no set": (["eval.metric='x/spearman'"], "eval: metric must be one of"),
+    "sets without every": (["eval.sets=[{kind='sts', path='x.jsonl'}]"], "every and sets go together"),
+    "too long for the model": (["batch.max_tokens=513"], "the model was made for at most 512 tokens"),
+    "unknown kind": (["batch.instruct_documents=['STS']"], "batch.instruct_documents[0]"),
     "bad range": (["lora.dropout=1.5"], "lora.dropout"),
 }
 
@@ -275,6 +279,74 @@ def test_an_earlier_run_is_not_overwritten_by_accident(
     (tmp_path / "run" / "config.toml").unlink()
     assert main([str(config_file), "train.steps=2", "train.overwrite=true"]) == 2
     assert "is no run folder" in capfd.readouterr().err
+
+
+def test_a_failed_start_leaves_earlier_runs_alone(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config_file), "train.steps=2"]) == 0
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{\n")
+    source = f"data.sources=[{{path='{broken}'}}]"
+    assert main([str(config_file), "train.overwrite=true", source]) == 2
+    assert "broken.jsonl:1" in capfd.readouterr().err
+    assert checkpoint.steps_of(tmp_path / "run") == [2]
+    assert main([str(config_file), f"train.run='{tmp_path / 'other'}'", source]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_base_or_tokenizer_is_refused_at_resume(
+    config_file: Path, embedder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(embedder, tmp_path / "model")
+    arguments = [str(config_file), f"backbone.path='{model}'"]
+    assert main([*arguments, "train.steps=2"]) == 0
+    named = model / "tokenizer_config.json"
+    named.write_text(named.read_text().replace('"eos_token": "</s>"', '"eos_token": "<unk>"'))
+    assert main([*arguments, "train.steps=2", "train.resume=true"]) == 2
+    assert "tokenizer_contract was" in capfd.readouterr().err
+    named.write_text(named.read_text().replace('"eos_token": "<unk>"', '"eos_token": "</s>"'))
+    weights = load_file(model / "model.safetensors")
+    save_file(weights | {"norm.weight": weights["norm.weight"] + 1}, model / "model.safetensors")
+    assert main([*arguments, "train.steps=2", "train.resume=true"]) == 2
+    assert "base_sha256 was" in capfd.readouterr().err
+
+
+def test_the_best_checkpoint_survives_a_resume(config_file: Path, tmp_path: Path) -> None:
+    dev = f'eval.sets=[{{kind="sts", path="{ROOT}/data/sts/stsb-cc-en/dev.jsonl"}}]'
+    overrides = ["eval.every=1", 'eval.metric="stsb-cc-en-dev/spearman"', dev, "train.keep=6", "train.save_every=1"]
+    assert main([str(config_file), "train.steps=3", *overrides]) == 0
+    run = tmp_path / "run"
+    best = checkpoint.read_best(run)
+    (run / "best.json").unlink()  # as after a kill between the save and this file
+    shutil.rmtree(run / "step_3")
+    assert main([str(config_file), "train.steps=3", "train.resume=true", *overrides]) == 0
+    assert checkpoint.read_best(run) == best
+
+
+def test_dtype_auto_writes_its_choice_and_the_first_line_names_the_faces(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config_file), "train.steps=1", "backbone.dtype='auto'"]) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("device cpu") and "infonce: reference; last_token: reference; attention: " in lines[0]
+    chosen = load_config(Config, tmp_path / "run" / "config.toml").backbone.dtype
+    assert chosen in ("float32", "bfloat16") and any(line.startswith(f"dtype {chosen} (auto: a") for line in lines)
+
+
+def test_a_batch_without_negatives_stops_after_its_first_step(
+    config_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config_file), "batch.size=1", "batch.negatives=0"]) == 2
+    assert "does every batch hold a negative" in capfd.readouterr().err
+
+
+def test_bf16_trains_and_its_masters_stay_fp32(config_file: Path, tmp_path: Path) -> None:
+    assert main([str(config_file), "train.steps=3", "backbone.dtype='bfloat16'"]) == 0
+    assert {tensor.dtype for tensor in _weights(tmp_path / "run", 3).values()} == {torch.float32}
+    lines = _lines(tmp_path / "run")
+    assert all(0 < line["loss"] < 20 for line in lines)
+    assert Encoder.load(str(tmp_path / "run")).selfcheck() > 0.999
 
 
 def test_changed_data_is_refused_at_resume(

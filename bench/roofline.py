@@ -34,6 +34,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def median_seconds(function: Callable[[], object], device: torch.device, runs: int) -> float:
     """Time a call: one to warm up, then the median of `runs`."""
     function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     times = []
     for _ in range(runs):
         start = time.perf_counter()

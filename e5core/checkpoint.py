@@ -24,11 +24,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from e5core.adapter import read_adapter, write_adapter
 from e5core.config import read_json
 from e5core.encoder import EmbeddingModel
 from e5core.lora import LoraConfig
 from e5core.optim import AdamW
-from e5core.weights import read_adapter, write_adapter
 
 _PREFIX = "step_"
 

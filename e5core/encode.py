@@ -18,6 +18,7 @@ import torch
 import e5core.attention
 import e5kernels.infonce
 import e5kernels.last_token
+from e5core.adapter import read_adapter
 from e5core.batches import document_text, pack, query_text
 from e5core.checkpoint import Card, read_best, read_card, step_folder, steps_of
 from e5core.distributed import log, start
@@ -25,7 +26,7 @@ from e5core.encoder import Dtype, EmbeddingModel, build_model, choose_dtype
 from e5core.lora import LoraConfig
 from e5core.records import checked_text, parse_object, read_lines, required
 from e5core.tokenizer import Tokenizer, TokenizerConfig
-from e5core.weights import fingerprint, read_adapter, resolve_model
+from e5core.weights import fingerprint, resolve_model
 
 TEMPLATE = query_text("{task}", "{query}")
 DEFAULT_MAX_TOKENS = 512  # paper, appendix A

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from e5core import checkpoint
+from e5core.adapter import read_adapter
 from e5core.batches import GlobalBatch, build_batch, pack
 from e5core.config import load_config
 from e5core.distributed import log, start
@@ -66,7 +67,7 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     _loop(config, run, encoder, mixture, model_path, resume_step)
     best = checkpoint.read_best(run)
     if best is not None:
-        checkpoint.read_adapter(checkpoint.step_folder(run, best["step"]), model.backbone)
+        read_adapter(checkpoint.step_folder(run, best["step"]), model.backbone)
         log(f"best checkpoint: step {best['step']} with {best['metric']} = {best['value']:.2f}")
     scores |= _report(run, "after", encoder, config.eval.report)
     if config.eval.report:

@@ -9,7 +9,6 @@ of the llama architecture with the rotary pairs interleaved; they are put back i
 """
 
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -22,17 +21,15 @@ import gguf
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from e5core.backbone import Backbone, BackboneConfig
 from e5core.config import read_json
 from e5core.gguf_tokenizer import read_gguf_header
-from e5core.lora import LoraConfig, adapters
 
 FAMILIES = ("llama", "mistral")
 _EMBEDDING, _NORM = "tok_embeddings.weight", "norm.weight"
-_HF_NAMES = {
+HF_NAMES = {
     "self_attn.q_proj": "attention.wq",
     "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv",
@@ -54,7 +51,6 @@ _GGUF_NAMES = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
-_PEFT_PREFIX = "base_model.model."  # of an adapter on a model without a head (task type FEATURE_EXTRACTION)
 # Tensors that a decoder file may hold and an embedder does not use.
 _GGUF_DIVISORS = "rope_freqs.weight"  # llama.cpp's place for Llama 3.1's rope scaling
 _UNUSED = ("lm_head.weight", "output.weight", _GGUF_DIVISORS)
@@ -150,62 +146,6 @@ def fingerprint(path: Path) -> str:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def write_adapter(folder: Path, backbone: Backbone, config: LoraConfig, base: str) -> None:
-    """Write the adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors (fp32 masters)."""
-    theirs = {ours: name for name, ours in _HF_NAMES.items()}
-    tensors = {}
-    for name, linear in adapters(backbone):
-        _, layer, part = name.split(".", 2)
-        prefix = f"{_PEFT_PREFIX}layers.{layer}.{theirs[part]}"
-        tensors[f"{prefix}.lora_A.weight"] = linear.lora_a.detach().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = linear.lora_b.detach().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    parts = {ours.rpartition(".")[2]: name.rpartition(".")[2] for name, ours in _HF_NAMES.items()}
-    described = {
-        "peft_type": "LORA",
-        "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "bias": "none",
-        "target_modules": [parts[target] for target in config.targets],
-        "inference_mode": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-
-
-def read_adapter(folder: Path, backbone: Backbone) -> None:
-    """Fill the backbone's adapters from a folder in PEFT's layout.
-
-    Raises FileNotFoundError, or ValueError for tensors that are missing, left over, of another shape or not finite.
-    """
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no adapter_model.safetensors; the checkpoint is not whole")
-    wanted = {f"{name}.{leaf}": linear for name, linear in adapters(backbone) for leaf in ("lora_A", "lora_B")}
-    try:
-        with safe_open(file, framework="pt") as source:
-            for name in source.keys():  # noqa: SIM118  (safe_open is no dict)
-                layer, _, rest = name.removeprefix(f"{_PEFT_PREFIX}layers.").partition(".")
-                part, _, leaf = rest.removesuffix(".weight").rpartition(".")
-                linear = wanted.pop(f"layers.{layer}.{_HF_NAMES.get(part, part)}.{leaf}", None)
-                if linear is None:
-                    raise ValueError(f"{file}: {name} fits no adapted linear of this model")
-                tensor = source.get_tensor(name)
-                parameter = linear.lora_a if leaf == "lora_A" else linear.lora_b
-                if tensor.shape != parameter.shape or not torch.isfinite(tensor).all():
-                    raise ValueError(
-                        f"{file}: {name} must be finite and {tuple(parameter.shape)}: got shape {tuple(tensor.shape)}"
-                    )
-                with torch.no_grad():
-                    parameter.copy_(tensor)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
-    if wanted:
-        raise ValueError(f"{file}: no tensors for {len(wanted)} adapters, first of them {next(iter(wanted))}")
 
 
 def _is_base(name: str) -> bool:
@@ -324,7 +264,7 @@ def _hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(file, framework="pt") as source:
                 for name in source.keys():  # noqa: SIM118  (safe_open is no dict)
-                    ours = _our_name(name.removeprefix("model."), "embed_tokens.weight", _NORM, "layers", _HF_NAMES)
+                    ours = _our_name(name.removeprefix("model."), "embed_tokens.weight", _NORM, "layers", HF_NAMES)
                     if ours is not None:
                         yield ours, source.get_tensor(name)
         except SafetensorError as error:

@@ -15,7 +15,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("ground", {"config", "distributed", "records", "tokenizer", "gguf_tokenizer"}),
-    ("parts", {"backbone", "attention", "lora", "recompute", "sharding", "weights", "mixture", "metrics", "testsets"}),
+    (
+        "parts",
+        {
+            "backbone",
+            "attention",
+            "lora",
+            "recompute",
+            "sharding",
+            "weights",
+            "mixture",
+            "metrics",
+            "testsets",
+            "adapter",
+        },
+    ),
     ("composition", {"encoder", "loss", "batches", "optim", "checkpoint", "run"}),
     (
         "entries",

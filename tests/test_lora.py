@@ -11,11 +11,11 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from test_backbone import packed, relative
 
+from e5core.adapter import write_adapter
 from e5core.backbone import BackboneConfig
 from e5core.batches import pack
 from e5core.encoder import EmbeddingModel, build_model
 from e5core.lora import LINEARS, LoraConfig, adapters, dropout_scale, mix, mix_tensor
-from e5core.weights import write_adapter
 
 MISTRAL_7B = BackboneConfig(
     family="mistral", dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336,

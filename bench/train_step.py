@@ -1,7 +1,8 @@
 """Time the training step and encoding on real records: python -m bench.train_step --model MODEL [--batch 16].
 
 Floor: the frozen GEMMs alone, 2 FLOPs a weight and token forward and as many for dx (no dW), at the device's matrix
-peak (bench/roofline.py: measured on a CPU, the data sheet's on a GPU). A two-pass step recomputes the forward of all but its fullest micro-batch.
+peak (bench/roofline.py: measured on a CPU, the data sheet's on a GPU). A two-pass step computes the forward of all but
+its fullest micro-batch twice.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Ranks: which process this is, which device it owns, and the one line of log that a run prints.
 
 The only file that reads RANK, WORLD_SIZE and LOCAL_RANK (set by torchrun; without it the process is rank 0 of 1) and
-the only one that prints. This version trains on one process; more are refused by name, never half-run.
+the only one that logs (evaluate prints its table, which is its result, to stdout). This version trains on one process;
+more are refused by name, never half-run.
 """
 
 import os

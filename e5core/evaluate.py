@@ -10,8 +10,6 @@ The protocol is that of arXiv 2401.00368 section 4.2 and its published script; t
 """
 
 import argparse
-import json
-import os
 import random
 import sys
 import warnings
@@ -28,6 +26,7 @@ from scipy.stats import spearmanr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from e5core.checkpoint import write_json
 from e5core.distributed import log
 from e5core.encode import Encoder
 from e5core.records import nearest
@@ -243,7 +242,7 @@ def _run(arguments: argparse.Namespace) -> None:
     log(f"{encoder.n_truncated:,} texts were cut to {encoder.max_tokens} tokens")
     show_table({"score": scores})
     if out is not None:
-        _write_json(out, scores)
+        write_json(out, scores)
 
 
 def _named_sets(arguments: argparse.Namespace) -> list[EvalSet]:
@@ -266,15 +265,6 @@ def _named_sets(arguments: argparse.Namespace) -> list[EvalSet]:
         if name not in names:
             raise ValueError(f"--task names the unknown set {name!r}; {nearest(name, names)}")
     return sets
-
-
-def _write_json(path: Path, scores: Mapping[str, float]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _positive(text: str) -> int:

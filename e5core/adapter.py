@@ -1,6 +1,6 @@
 """Adapters on disk, in PEFT's layout (adapter_config.json, adapter_model.safetensors; task type FEATURE_EXTRACTION).
 
-The names of the linears are weights.py's table; PEFT's own words occur here alone.
+The names of the linears are families.py's table; PEFT's own words occur here alone.
 """
 
 import json
@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from e5core.backbone import Backbone
+from e5core.families import HF_NAMES
 from e5core.lora import LoraConfig, adapters
-from e5core.weights import HF_NAMES
 
 _PEFT_PREFIX = "base_model.model."  # of an adapter on a model without a head
 

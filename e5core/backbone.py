@@ -1,17 +1,19 @@
-"""The decoder: Mistral (arXiv 2310.06825) and Llama 2/3 by one description, on packed tokens only.
+"""The decoder: one description for Llama, Mistral (arXiv 2310.06825), Qwen (2407.10671, 2505.09388) and Gemma 3
+(2503.19786), on packed tokens only. Which of them it is, is said by BackboneConfig's fields alone.
 
-    x = tok_embeddings[tokens]                                   (T, D)
-    x = x + attention(attention_norm(x))                         n_layers times
-    x = x + w_down(silu(w_gate(h)) * w_up(h)),  h = ffn_norm(x)
+    x = embedding_scale * tok_embeddings[tokens]                 (T, D)
+    x = x + attention(attention_norm(x))                         n_layers times; with post_norms both summands
+    x = x + w_down(act(w_gate(h)) * w_up(h)),  h = ffn_norm(x)   pass a norm of their own before they are added
     norm(x)                                                      by the caller, on the rows that it needs
 
-The names of the modules are fixed (wq wk wv wo, w_gate w_up w_down): LoRA targets and weights.py rely on them. Weights
+The names of the modules are fixed (wq wk wv wo, w_gate w_up w_down): LoRA targets and families.py rely on them. Weights
 and the two rotary halves lie as in Hugging Face's files, so nothing is permuted at run time. dtypes: weights and
-activations in the weights' dtype; norms and rotary angles in max(fp32, that dtype); no autocast.
+activations in the weights' dtype; norms, their weights and rotary angles in max(fp32, that dtype); no autocast.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +21,14 @@ from torch import Tensor, nn
 
 from e5core.attention import varlen_attention
 
+_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneConfig:
     """What a decoder looks like; weights.read_config fills it from the model's own files."""
 
-    family: str  # as the file says: "mistral" or "llama"
+    family: str  # its entry in families.FAMILIES
     dim: int
     n_layers: int
     n_heads: int
@@ -37,7 +41,15 @@ class BackboneConfig:
     rope_divisors: tuple[float, ...] | None = (
         None  # head_dim / 2 numbers by which the frequencies are divided (scaling)
     )
-    window: int | None = None  # keys a query sees, itself included; None = all before it
+    window: int | None = None  # keys a query of a local layer sees, itself included; None = all before it
+    global_layers: tuple[int, ...] = ()  # the layers, counted from 0, that see all keys; the others are local
+    local_rope_theta: float | None = None  # rotary base of local layers, unscaled; None = as in global layers
+    attention_scale: float | None = None  # of q k^T; None = head_dim^-0.5
+    embedding_scale: float = 1.0
+    qkv_bias: bool = False
+    qk_norm: bool = False  # q and k pass a norm, head by head, before they are rotated
+    post_norms: bool = False  # attention's and feed_forward's outputs pass a norm before they are added
+    activation: Literal["silu", "gelu_tanh"] = "silu"
     max_positions: int
     causal: bool = True
 
@@ -48,6 +60,10 @@ class BackboneConfig:
             raise ValueError(f"head_dim must be even for rotary positions: got {self.head_dim}")
         if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
             raise ValueError(f"rope_divisors must hold {self.head_dim // 2} numbers: got {len(self.rope_divisors)}")
+
+    def window_of(self, layer: int) -> int | None:
+        """Say how many keys a query sees in this layer, None for all."""
+        return None if layer in self.global_layers else self.window
 
 
 class Rotary(NamedTuple):
@@ -71,27 +87,28 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, window: int | None) -> None:
         super().__init__()
-        self.config = config
+        self.head_dim, self.window, self.causal = config.head_dim, window, config.causal
+        self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.wq = frozen_linear(config.dim, q_dim)
-        self.wk = frozen_linear(config.dim, kv_dim)
-        self.wv = frozen_linear(config.dim, kv_dim)
+        self.wq = frozen_linear(config.dim, q_dim, config.qkv_bias)
+        self.wk = frozen_linear(config.dim, kv_dim, config.qkv_bias)
+        self.wv = frozen_linear(config.dim, kv_dim, config.qkv_bias)
         self.wo = frozen_linear(q_dim, config.dim)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor) -> Tensor:
-        q, k, v = (
-            w(x).unflatten(-1, (-1, self.config.head_dim)) for w in (self.wq, self.wk, self.wv)
-        )  # (T, H or K, hd)
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (T, H or K, hd)
         out = varlen_attention(
-            rotate(q, rotary),
-            rotate(k, rotary),
+            rotate(self.q_norm(q), rotary),
+            rotate(self.k_norm(k), rotary),
             v,
             cu_seqlens,
-            scale=self.config.head_dim**-0.5,
-            window=self.config.window,
-            causal=self.config.causal,
+            scale=self.scale,
+            window=self.window,
+            causal=self.causal,
         )
         return self.wo(out.flatten(1))  # (T, D)
 
@@ -102,22 +119,26 @@ class FeedForward(nn.Module):
         self.w_gate = frozen_linear(config.dim, config.hidden_dim)
         self.w_up = frozen_linear(config.dim, config.hidden_dim)
         self.w_down = frozen_linear(config.hidden_dim, config.dim)
+        self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+        return self.w_down(self.activation(self.w_gate(x)) * self.w_up(x))
 
 
 class Block(nn.Module):
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, window: int | None) -> None:
         super().__init__()
+        self.is_local = window is not None
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, window)
+        self.attention_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
+        self.ffn_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
 
     def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, cu_seqlens)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, cu_seqlens))
+        return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
 
 class Backbone(nn.Module):
@@ -128,7 +149,7 @@ class Backbone(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.tok_embeddings.weight.requires_grad_(False)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, config.window_of(i)) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -137,18 +158,23 @@ class Backbone(nn.Module):
         tokens: (T,) int64.  cu_seqlens: (N+1,) int32.  Returns (T, D) in the weights' dtype, before the final norm
         (`backbone.norm`), which last-token pooling needs on N rows only.
         """
+        config = self.config
         x = self.tok_embeddings(tokens)  # (T, D)
-        rotary = rotary_of(positions_of(cu_seqlens, tokens.shape[0]), self.config, x.dtype)
+        if config.embedding_scale != 1.0:
+            x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded, as transformers'
+        positions = positions_of(cu_seqlens, tokens.shape[0])
+        rotary = local_rotary = rotary_of(positions, config.rope_theta, config.rope_divisors, config.head_dim, x.dtype)
+        if config.local_rope_theta is not None:
+            local_rotary = rotary_of(positions, config.local_rope_theta, None, config.head_dim, x.dtype)
         for layer in self.layers:
-            x = layer(x, rotary, cu_seqlens)
+            x = layer(x, local_rotary if layer.is_local else rotary, cu_seqlens)
         return x
 
 
-def frozen_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Make a linear without bias whose weight takes no gradient and is not initialised (it will be loaded)."""
-    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False, device=torch.get_default_device())
-    linear.weight.requires_grad_(False)
-    return linear
+def frozen_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+    """Make a linear whose parameters take no gradient and are not initialised (they will be loaded)."""
+    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=torch.get_default_device())
+    return linear.requires_grad_(False)
 
 
 def positions_of(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
@@ -157,16 +183,17 @@ def positions_of(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
     return torch.arange(n_tokens, device=cu_seqlens.device) - starts
 
 
-def rotary_of(positions: Tensor, config: BackboneConfig, dtype: torch.dtype) -> Rotary:
+def rotary_of(
+    positions: Tensor, theta: float, divisors: tuple[float, ...] | None, head_dim: int, dtype: torch.dtype
+) -> Rotary:
     """Compute the rotary angles of the given positions (arXiv 2104.09864), in max(fp32, dtype).
 
-    positions: (T,) int64.  Returns two (T, 1, head_dim / 2).
+    positions: (T,) int64.  divisors: of the head_dim / 2 frequencies.  Returns two (T, 1, head_dim / 2).
     """
     wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=wide) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_divisors is not None:
-        frequencies = frequencies / torch.tensor(config.rope_divisors, device=positions.device, dtype=wide)
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim)
+    if divisors is not None:
+        frequencies = frequencies / torch.tensor(divisors, device=positions.device, dtype=wide)
     angles = positions.to(wide)[:, None, None] * frequencies  # (T, 1, head_dim / 2)
     return Rotary(angles.cos(), angles.sin())
 

@@ -1,7 +1,7 @@
-"""Low-rank adapters by hand (arXiv 2106.09685): y = x W^T + s z B^T,  z = d(x) A^T,  s = alpha / rank.
+"""Low-rank adapters by hand (arXiv 2106.09685): y = x W^T + b + s z B^T,  z = d(x) A^T,  s = alpha / rank.
 
-W is frozen, A (R, in) and B (out, R) are fp32 masters cast to x's dtype where they are used. d is dropout on the
-adapter's input, as in PEFT: d(x) = m * x / (1 - p). Backward, with g = dL/dy:
+W and b, where there is one, are frozen; A (R, in) and B (out, R) are fp32 masters cast to x's dtype where they are
+used. d is dropout on the adapter's input, as in PEFT: d(x) = m * x / (1 - p). Backward, with g = dL/dy:
 
     dz = s g B      dB = s g^T z      dA = dz^T d(x)      dx = g W + m * (dz A) / (1 - p)
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -67,11 +68,15 @@ class TokenKeys:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear and its adapter.  weight: (out, in);  lora_a: (R, in), lora_b: (out, R), fp32 or fp64."""
+    """A frozen linear and its adapter.
+
+    weight: (out, in).  bias: (out,) or None.  lora_a: (R, in), lora_b: (out, R), fp32 or fp64.
+    """
 
     def __init__(self, linear: nn.Linear, config: LoraConfig, number: int, token_keys: TokenKeys) -> None:
         super().__init__()
         self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
         self.scale = config.alpha / config.rank
         self.drop_below = round(config.dropout * 256)
         self.number = number  # of the linear in the model: 7 * layer + its place in LINEARS
@@ -82,15 +87,17 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         keys = self.token_keys.keys if self.drop_below else None
         stream = signed(mix(self.token_keys.step_key + self.number))  # torch's profiler takes no larger integers
-        return _LoraFunction.apply(x, self.weight, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below)
+        return _LoraFunction.apply(
+            x, self.weight, self.bias, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below
+        )
 
 
 class _LoraFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_a, lora_b, scale, keys, stream, drop_below):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, keys, stream, drop_below):  # noqa: ANN001, ANN205
         dropped = x if keys is None else x * dropout_scale(keys, stream, x.shape[1], drop_below, x.dtype)
         z = dropped @ lora_a.to(x.dtype).T  # (T, R)
-        y = x @ weight.T  # (T, out)
+        y = F.linear(x, weight, bias)  # (T, out)
         y.addmm_(z, lora_b.to(x.dtype).T, alpha=scale)
         ctx.save_for_backward(x, z, weight, lora_a, lora_b, keys)
         ctx.scale, ctx.stream, ctx.drop_below = scale, stream, drop_below
@@ -110,7 +117,7 @@ class _LoraFunction(torch.autograd.Function):
                 dx.addmm_(dz, lora_a.to(g.dtype))
             else:
                 dx.addcmul_(dz @ lora_a.to(g.dtype), mask)
-        return dx, None, da, db, None, None, None, None
+        return dx, None, None, da, db, None, None, None, None
 
 
 def apply_lora(backbone: Backbone, config: LoraConfig) -> TokenKeys:

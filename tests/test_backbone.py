@@ -1,15 +1,15 @@
-"""The backbone is transformers' Mistral and Llama, computed packed."""
+"""The backbone is transformers' Llama, Mistral, Qwen and Gemma, computed packed."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from models import VARIANTS, save_peer
+from models import VARIANTS, part_names, peer_model, save_peer
 from torch import Tensor
 
 from e5core.attention import varlen_attention
-from e5core.backbone import Backbone
+from e5core.backbone import Backbone, Rotary
 from e5core.weights import load_weights, read_config
 
 LENGTHS = (1, 1, 23, 7, 2, 40)
@@ -42,27 +42,67 @@ def test_hidden_states_equal_transformers(variant: str, tmp_path: Path) -> None:
     assert (got - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("variant", ["mistral-window", "llama3"])
+@pytest.mark.parametrize(
+    "variant", ["mistral-window", "llama3", "qwen2-window", "qwen3-window", "gemma3", "gemma3-linear"]
+)
 def test_parameter_gradients_equal_transformers(variant: str, tmp_path: Path) -> None:
     peer, (texts, tokens, cu_seqlens) = save_peer(variant, tmp_path), packed()
     backbone = load(tmp_path).requires_grad_(True)
     weight = torch.randn(tokens.shape[0], 48, generator=torch.Generator().manual_seed(2))
     (backbone.norm(backbone(tokens, cu_seqlens)) * weight).sum().backward()
     (torch.cat([peer(text[None]).last_hidden_state[0] for text in texts]) * weight).sum().backward()
-    theirs = {
-        "tok_embeddings.weight": peer.embed_tokens,
-        "norm.weight": peer.norm,
-        "layers.0.attention_norm.weight": peer.layers[0].input_layernorm,
-        "layers.1.ffn_norm.weight": peer.layers[1].post_attention_layernorm,
+    theirs, names = dict(peer.named_parameters()), part_names(peer)
+    for name, parameter in backbone.named_parameters():
+        part, _, leaf = name.rpartition(".")
+        gradient = theirs.pop(f"{names[part]}.{leaf}").grad
+        assert relative(parameter.grad, gradient) < 1e-4, name
+    assert not theirs
+
+
+def test_layers_see_what_their_kind_says(tmp_path: Path) -> None:
+    windows = {
+        "qwen2": [None, None, None],
+        "qwen2-window": [None, 5, 5],
+        "qwen3-window": [5, None, 5],
+        "gemma3": [5, None, 5],
+        "gemma3-linear": [5, 5, 5, 5, 5, None, 5],
+        "mistral-window": [5, 5, 5],
     }
-    for i, layer in enumerate(peer.layers):
-        names = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
-        theirs |= {f"layers.{i}.attention.{w}.weight": layer.self_attn.get_submodule(p) for w, p in names.items()}
-        names = {"w_gate": "gate_proj", "w_up": "up_proj", "w_down": "down_proj"}
-        theirs |= {f"layers.{i}.feed_forward.{w}.weight": layer.mlp.get_submodule(p) for w, p in names.items()}
-    ours = dict(backbone.named_parameters())
-    for name, module in theirs.items():
-        assert relative(ours[name].grad, module.weight.grad) < 1e-4, name
+    for variant, expected in windows.items():
+        save_peer(variant, tmp_path / variant)
+        config = read_config(tmp_path / variant)
+        assert [config.window_of(i) for i in range(config.n_layers)] == expected, variant
+
+
+@pytest.mark.parametrize("variant, n_bases", [("gemma3-linear", 2), ("qwen2-window", 1)])
+def test_layers_of_one_rotary_base_share_their_angles(variant: str, n_bases: int, tmp_path: Path) -> None:
+    save_peer(variant, tmp_path)
+    backbone, (_, tokens, cu_seqlens) = load(tmp_path), packed()
+    seen: list[Rotary] = []
+    for layer in backbone.layers:
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    backbone(tokens, cu_seqlens)
+    assert len({id(rotary) for rotary in seen}) == n_bases
+    assert [torch.equal(seen[0].cos, rotary.cos) for rotary in seen] == [i != 5 for i in range(len(seen))]
+
+
+def test_bf16_rounds_where_transformers_does(tmp_path: Path) -> None:
+    peer = peer_model("gemma3").to(torch.bfloat16)
+    peer.save_pretrained(tmp_path)
+    backbone, (_, tokens, cu_seqlens) = load(tmp_path, torch.bfloat16), packed()
+    for norm, theirs in (
+        (backbone.norm, peer.norm),
+        (backbone.layers[1].ffn_norm, peer.layers[1].pre_feedforward_layernorm),
+    ):
+        assert torch.equal(norm.weight, 1 + theirs.weight.float())
+        assert not torch.equal(norm.weight, norm.weight.bfloat16().float())  # in bf16 it would be another
+    seen: list[Tensor] = []
+    backbone.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        assert backbone(tokens, cu_seqlens).dtype == torch.bfloat16
+        expected = peer.embed_tokens(tokens)
+    assert torch.equal(seen[0], expected)
+    assert not torch.equal(seen[0], (peer.embed_tokens.weight[tokens].float() * 48**0.5).bfloat16())
 
 
 def test_packed_equals_one_by_one_in_float64(tmp_path: Path) -> None:

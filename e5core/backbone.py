@@ -12,16 +12,17 @@ activations in the weights' dtype; norms, their weights and rotary angles in max
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e5core.attention import varlen_attention
+from e5kernels.attention import varlen_attention
+from e5kernels.rms_norm import rms_norm
+from e5kernels.rope import rope
+from e5kernels.swiglu import geglu, swiglu
 
-_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+_GATED = {"silu": swiglu, "gelu_tanh": geglu}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +83,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, (x.shape[-1],), self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -102,8 +102,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (T, H or K, hd)
         out = varlen_attention(
-            rotate(self.q_norm(q), rotary),
-            rotate(self.k_norm(k), rotary),
+            rope(self.q_norm(q), *rotary),
+            rope(self.k_norm(k), *rotary),
             v,
             cu_seqlens,
             scale=self.scale,
@@ -119,10 +119,10 @@ class FeedForward(nn.Module):
         self.w_gate = frozen_linear(config.dim, config.hidden_dim)
         self.w_up = frozen_linear(config.dim, config.hidden_dim)
         self.w_down = frozen_linear(config.hidden_dim, config.dim)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.gated = _GATED[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_down(self.activation(self.w_gate(x)) * self.w_up(x))
+        return self.w_down(self.gated(self.w_gate(x), self.w_up(x)))
 
 
 class Block(nn.Module):
@@ -196,10 +196,3 @@ def rotary_of(
         frequencies = frequencies / torch.tensor(divisors, device=positions.device, dtype=wide)
     angles = positions.to(wide)[:, None, None] * frequencies  # (T, 1, head_dim / 2)
     return Rotary(angles.cos(), angles.sin())
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the pairs (i, i + head_dim / 2) of every head by its token's angles.  x: (T, heads, head_dim)."""
-    first, second = x.to(rotary.cos.dtype).chunk(2, dim=-1)
-    turned = (first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin)
-    return torch.cat(turned, dim=-1).to(x.dtype)

@@ -15,9 +15,13 @@ from typing import cast
 import numpy as np
 import torch
 
-import e5core.attention
+import e5kernels.attention
+import e5kernels.dropout
 import e5kernels.infonce
 import e5kernels.last_token
+import e5kernels.rms_norm
+import e5kernels.rope
+import e5kernels.swiglu
 from e5core.adapter import read_adapter
 from e5core.batches import document_text, pack, query_text
 from e5core.checkpoint import Card, read_best, read_card, step_folder, steps_of
@@ -28,6 +32,15 @@ from e5core.records import checked_text, parse_object, read_lines, required
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import fingerprint, resolve_model
 
+OPS = (
+    e5kernels.attention,
+    e5kernels.dropout,
+    e5kernels.infonce,
+    e5kernels.last_token,
+    e5kernels.rms_norm,
+    e5kernels.rope,
+    e5kernels.swiglu,
+)
 TEMPLATE = query_text("{task}", "{query}")
 DEFAULT_MAX_TOKENS = 512  # paper, appendix A
 CHUNK = 2048  # texts that are tokenised and packed together
@@ -141,8 +154,10 @@ class Encoder:
 
 def describe_device(device: torch.device) -> str:
     """Return the first log line: device, torch, and the face that each op runs by."""
-    rooms = (e5kernels.infonce, e5kernels.last_token, e5core.attention)
-    faces = "; ".join(f"{room.__name__.rpartition('.')[2]}: {room.face(device)}" for room in rooms)
+    ops: dict[str, list[str]] = {}
+    for room in OPS:
+        ops.setdefault(room.face(device), []).append(room.__name__.rpartition(".")[2])
+    faces = "; ".join(f"{face}: {', '.join(names)}" for face, names in ops.items())
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return f"device {named}; torch {torch.__version__}; {faces}"
 

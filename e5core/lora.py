@@ -7,9 +7,7 @@ used. d is dropout on the adapter's input, as in PEFT: d(x) = m * x / (1 - p). B
 
 Saved are x, z and 8 bytes a token, never the mask and never dW. The mask m is a pure function of (seed, step, layer,
 linear, row in the global batch, position, channel): any packing, micro-batch or number of ranks draws the same, and so
-does the backward pass. One 64-bit mix (splitmix64, Steele et al. 2014) serves 8 channels, a byte each: channel 8 g + j
-is dropped where byte j of mix((token ^ stream) + g * golden) is below 256 p, p rounded to a multiple of 1/256. The
-tests hold these bits against an independent integer implementation; other faces must draw the same.
+does the backward pass (e5kernels/dropout.py; p is rounded to a multiple of 1/256).
 """
 
 import math
@@ -23,11 +21,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from e5core.backbone import Backbone
+from e5kernels.dropout import keyed_dropout, mix, mix_tensor, signed
 
 LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 _ROOM = {"wq": "attention", "wk": "attention", "wv": "attention", "wo": "attention"}
-_U64 = (1 << 64) - 1
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +92,7 @@ class LoraLinear(nn.Module):
 class _LoraFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale, keys, stream, drop_below):  # noqa: ANN001, ANN205
-        dropped = x if keys is None else x * dropout_scale(keys, stream, x.shape[1], drop_below, x.dtype)
+        dropped = x if keys is None else keyed_dropout(x, keys, stream, drop_below)
         z = dropped @ lora_a.to(x.dtype).T  # (T, R)
         y = F.linear(x, weight, bias)  # (T, out)
         y.addmm_(z, lora_b.to(x.dtype).T, alpha=scale)
@@ -106,17 +103,17 @@ class _LoraFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):  # noqa: ANN001, ANN205
         x, z, weight, lora_a, lora_b, keys = ctx.saved_tensors
-        mask = None if keys is None else dropout_scale(keys, ctx.stream, x.shape[1], ctx.drop_below, x.dtype)
+        drop = (keys, ctx.stream, ctx.drop_below)
         dz = (g @ lora_b.to(g.dtype)).mul_(ctx.scale)  # (T, R)
         db = (g.T @ z).to(lora_b.dtype).mul_(ctx.scale)
-        da = (dz.T @ (x if mask is None else x * mask)).to(lora_a.dtype)
+        da = (dz.T @ (x if keys is None else keyed_dropout(x, *drop))).to(lora_a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ weight  # (T, in)
-            if mask is None:
+            if keys is None:
                 dx.addmm_(dz, lora_a.to(g.dtype))
             else:
-                dx.addcmul_(dz @ lora_a.to(g.dtype), mask)
+                dx.add_(keyed_dropout(dz @ lora_a.to(g.dtype), *drop))
         return dx, None, None, da, db, None, None, None, None
 
 
@@ -149,39 +146,3 @@ def adapters(backbone: Backbone) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in backbone.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
-
-
-def dropout_scale(keys: Tensor, stream: int, channels: int, drop_below: int, dtype: torch.dtype) -> Tensor:
-    """Draw the mask m / (1 - p): 0 where dropped, 256 / (256 - drop_below) elsewhere.
-
-    keys: (T,) int64 of TokenKeys.  stream: 64 bits for (seed, step, layer, linear).  Returns (T, channels) of dtype.
-    """
-    groups = torch.arange(-(-channels // 8), device=keys.device, dtype=torch.int64) * signed(_GOLDEN)
-    bits = mix_tensor((keys ^ signed(stream))[:, None] + groups)  # (T, channels / 8), 8 bytes each
-    kept = bits.view(torch.uint8)[:, :channels] >= drop_below
-    return kept.to(dtype).mul_(256 / (256 - drop_below))
-
-
-def mix(value: int) -> int:
-    """Mix 64 bits (splitmix64: golden-ratio step, then finaliser).  Returns an int in [0, 2^64)."""
-    z = (value + _GOLDEN) & _U64
-    z = ((z ^ (z >> 30)) * _MIX_1) & _U64
-    z = ((z ^ (z >> 27)) * _MIX_2) & _U64
-    return z ^ (z >> 31)
-
-
-def mix_tensor(z: Tensor) -> Tensor:
-    """Do what `mix` does to every element of an int64 tensor, in place, and return it."""
-    z.add_(signed(_GOLDEN))
-    for shift, factor in ((30, _MIX_1), (27, _MIX_2), (31, None)):
-        high = (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # torch shifts arithmetically
-        z.bitwise_xor_(high)
-        if factor is not None:
-            z.mul_(signed(factor))
-    return z
-
-
-def signed(value: int) -> int:
-    """Read the low 64 bits as a signed integer."""
-    value &= _U64
-    return value - (1 << 64) if value >> 63 else value

@@ -8,9 +8,9 @@ import torch
 from models import VARIANTS, part_names, peer_model, save_peer
 from torch import Tensor
 
-from e5core.attention import varlen_attention
 from e5core.backbone import Backbone, Rotary
 from e5core.weights import load_weights, read_config
+from e5kernels.attention import varlen_attention
 
 LENGTHS = (1, 1, 23, 7, 2, 40)
 
@@ -155,10 +155,10 @@ def test_attention_equals_its_definition(window: int | None, causal: bool) -> No
 
 def test_attention_refuses_boundaries_that_do_not_fit() -> None:
     q = torch.randn(4, 2, 8)
-    with pytest.raises(ValueError, match="must end at T: got 3 for 4"):
+    with pytest.raises(ValueError, match=r"must rise from 0 to 4: got \[0, 3\]"):
         varlen_attention(q, q, q, torch.tensor([0, 3], dtype=torch.int32), scale=1.0)
     with pytest.raises(ValueError, match="multiple of the key heads"):
-        varlen_attention(q, q[:, :1].expand(4, 3, 8), q, torch.tensor([0, 4], dtype=torch.int32), scale=1.0)
+        varlen_attention(q, q[:, :1].expand(4, 3, 8), q[:, :1].expand(4, 3, 8), torch.tensor([0, 4], dtype=torch.int32), scale=1.0)
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from e5core.adapter import write_adapter
 from e5core.backbone import BackboneConfig
 from e5core.batches import pack
 from e5core.encoder import EmbeddingModel, build_model
-from e5core.lora import LINEARS, LoraConfig, adapters, dropout_scale, mix, mix_tensor
+from e5core.lora import LINEARS, LoraConfig, adapters
+from e5kernels.dropout import keyed_dropout, mix, mix_tensor
 
 MISTRAL_7B = BackboneConfig(
     family="mistral", dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336,
@@ -99,9 +100,10 @@ def test_the_function_s_gradient_with_dropout_is_right(variant: str, tmp_path: P
 
 def test_dropout_bits_are_splitmix64_of_the_key() -> None:
     keys, stream, drop_below, channels = [0, 5, -1, -(2**63), 123456789], 0xFEDCBA9876543210, 77, 21
-    got = dropout_scale(torch.tensor(keys), stream, channels, drop_below, torch.float64)
+    ones = torch.ones(len(keys), channels, dtype=torch.float64)
+    got = keyed_dropout(ones, torch.tensor(keys), stream, drop_below)
     signed_stream = stream - 2**64  # as LoraLinear passes it
-    assert torch.equal(got, dropout_scale(torch.tensor(keys), signed_stream, channels, drop_below, torch.float64))
+    assert torch.equal(got, keyed_dropout(ones, torch.tensor(keys), signed_stream, drop_below))
     for t, key in enumerate(keys):
         for c in range(channels):
             word = mix(((key ^ stream) + (c // 8) * 0x9E3779B97F4A7C15) % 2**64)
@@ -113,7 +115,7 @@ def test_dropout_bits_are_splitmix64_of_the_key() -> None:
 
 
 def test_dropout_drops_its_share_independently() -> None:
-    kept = dropout_scale(mix_tensor(torch.arange(4000)), mix(1), 576, 26, torch.float32).numpy() > 0
+    kept = keyed_dropout(torch.ones(4000, 576), mix_tensor(torch.arange(4000)), mix(1), 26).numpy() > 0
     share, n = 26 / 256, kept.size
     assert abs((~kept).mean() - share) < 5 * math.sqrt(share * (1 - share) / n)
     for axis in (0, 1):  # neighbours in position and in channel are dropped together no more often than by chance
@@ -129,7 +131,7 @@ def test_dropout_depends_on_every_part_of_its_key(tmp_path: Path) -> None:
     def draw(linear: int, seed: int = 0, step: int = 0, row: int = 3, position: int = 1) -> torch.Tensor:
         model.token_keys.set(seed, step, torch.tensor([row, 7]), torch.tensor([position, 2]))
         keys, stream = model.token_keys.keys, mix(model.token_keys.step_key + linears[linear].number)
-        return dropout_scale(keys, stream, x.shape[1], 128, torch.float32)
+        return keyed_dropout(x, keys, stream, 128)
 
     base = draw(0)
     assert torch.equal(base, draw(0))

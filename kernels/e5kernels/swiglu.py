@@ -1,0 +1,66 @@
+"""Gated activations (arXiv 2002.05202): SwiGLU of Mistral, Llama and Qwen, GeGLU (tanh form) of Gemma.
+
+    forward   y = gate s(w) up,  s the logistic function, w = gate (SwiGLU) or 2 sqrt(2/pi) (gate + 0.044715 gate^3)
+    backward  d_up = g gate s,  d_gate = g up (s + gate s (1 - s) w')
+
+gate, up: (..., F) any float dtype, alike.  y: like gate; arithmetic in max(fp32, that dtype).
+Bytes, of e each element, for N elements: forward 3 N e, backward 5 N e; saved: gate and up, never the activation.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from e5kernels import native
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply silu(gate) and up by plain torch; the definition.  Arguments and result as `swiglu`."""
+    return F.silu(gate) * up
+
+
+def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply gelu(gate), in its tanh form, and up by plain torch; the definition.  As `geglu`."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def face(device: torch.device) -> str:
+    """Name the face that `swiglu` and `geglu` use on a device: "c++" or "reference"."""
+    return native.face(device)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply silu(gate) and up.  gate, up: (..., F), alike.  Returns like gate, differentiable in both."""
+    if face(gate.device) == "reference" or not native.takes(gate):
+        return swiglu_reference(gate, up)
+    return torch.ops.e5kernels.glu_forward(gate.contiguous(), up.contiguous(), False)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply gelu(gate), in its tanh form, and up.  gate, up: (..., F), alike.  Returns like gate."""
+    if face(gate.device) == "reference" or not native.takes(gate):
+        return geglu_reference(gate, up)
+    return torch.ops.e5kernels.glu_forward(gate.contiguous(), up.contiguous(), True)
+
+
+def _forward_fake(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    return torch.empty_like(gate)
+
+
+def _backward_fake(g: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    gate, up, ctx.gelu = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *torch.ops.e5kernels.glu_backward(g.contiguous(), *ctx.saved_tensors, ctx.gelu), None
+
+
+if native.AVAILABLE:
+    torch.library.register_fake("e5kernels::glu_forward", _forward_fake)
+    torch.library.register_fake("e5kernels::glu_backward", _backward_fake)
+    torch.library.register_autograd("e5kernels::glu_forward", _backward, setup_context=_setup_context)

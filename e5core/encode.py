@@ -28,6 +28,7 @@ from e5core.checkpoint import Card, read_best, read_card, step_folder, steps_of
 from e5core.distributed import log, start
 from e5core.encoder import Dtype, EmbeddingModel, build_model, choose_dtype
 from e5core.lora import LoraConfig
+from e5core.metrics import TextProgress
 from e5core.records import checked_text, parse_object, read_lines, required
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import fingerprint, resolve_model
@@ -118,9 +119,17 @@ class Encoder:
         encoder.golden_tolerance = 1e-3 if "bfloat16" in (card.dtype, str(chosen).removeprefix("torch.")) else 1e-5
         return encoder
 
-    def encode(self, texts: Sequence[str], task: str | None = None, normalize: bool = True) -> np.ndarray:
-        """Embed texts.  task: the instruction of queries (and of both sides in symmetric tasks); None for documents.
+    def encode(
+        self,
+        texts: Sequence[str],
+        task: str | None = None,
+        normalize: bool = True,
+        progress: TextProgress | None = None,
+    ) -> np.ndarray:
+        """Embed texts.
 
+        task: the instruction of queries (and of both sides in symmetric tasks); None for documents.
+        progress: told of every micro-batch; None shows nothing.
         Returns (n, dim) float32 in the order of the texts, unit rows unless `normalize` is false.
         Raises FloatingPointError where an embedding is not finite.
         """
@@ -129,10 +138,14 @@ class Encoder:
             formatted = [query_text(task, t) if task else document_text(t) for t in texts[first : first + CHUNK]]
             sequences, truncated = self.tokenizer.encode_batch(formatted, self.max_tokens)
             self.n_truncated += truncated
+            if progress is not None:
+                progress.expect(len(sequences), sum(map(len, sequences)))
             with torch.inference_mode():
                 for batch in pack(sequences, self.batch_tokens, self.device):
                     rows = first + batch.rows.cpu().numpy()
                     vectors[rows] = self.model(batch, normalize=normalize).float().cpu().numpy()
+                    if progress is not None:
+                        progress.advance(len(rows), len(batch.tokens))
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):
             raise FloatingPointError(f"the embedding of text {broken[0]} is not finite ({texts[broken[0]][:80]!r})")
@@ -150,6 +163,18 @@ class Encoder:
         if self.golden is None:
             raise ValueError("this model has no golden vectors; only what e5core trained can be checked")
         return float((self.golden_vectors() * self.golden).sum(axis=1).min())
+
+
+class ShownEncoder:
+    """An encoder for people who wait: every call shows its progress on stderr."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def encode(self, texts: Sequence[str], task: str | None = None, normalize: bool = True) -> np.ndarray:
+        """Embed texts as Encoder.encode does.  Raises ValueError where there is none."""
+        with TextProgress(len(texts)) as progress:
+            return self.encoder.encode(texts, task, normalize, progress)
 
 
 def describe_device(device: torch.device) -> str:
@@ -204,11 +229,10 @@ def encode_file(encoder: Encoder, source: Path, output: Path, task: str | None) 
         with open(partial, "wb") as file:  # written, not mapped: a full disk raises OSError instead of killing us
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            texts, done = read_texts(source), 0
-            while piece := list(islice(texts, CHUNK)):
-                file.write(encoder.encode(piece, task).astype("<f4").tobytes())
-                done += len(piece)
-                log(f"encoded {done:,} of {n_texts:,} texts")
+            texts = read_texts(source)
+            with TextProgress(n_texts) as progress:
+                while piece := list(islice(texts, CHUNK)):
+                    file.write(encoder.encode(piece, task, progress=progress).astype("<f4").tobytes())
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)

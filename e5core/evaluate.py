@@ -28,7 +28,7 @@ from sklearn.linear_model import LogisticRegression
 
 from e5core.checkpoint import write_json
 from e5core.distributed import log
-from e5core.encode import Encoder
+from e5core.encode import Encoder, ShownEncoder, describe_device
 from e5core.records import nearest
 from e5core.testsets import Classification, EvalSet, Pairs, Retrieval, read_sets
 
@@ -235,10 +235,11 @@ def _run(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no such folder for --out: {out.absolute().parent}")
     sets = read_sets(_named_sets(arguments))
     encoder = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype)
+    log(describe_device(encoder.device))
     scores: dict[str, float] = {}
     for eval_set, texts in sets:
         log(f"evaluating {eval_set.name}")
-        scores |= score_set(encoder, eval_set, texts)
+        scores |= score_set(ShownEncoder(encoder), eval_set, texts)
     log(f"{encoder.n_truncated:,} texts were cut to {encoder.max_tokens} tokens")
     show_table({"score": scores})
     if out is not None:

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: RUN/metrics.jsonl for programs, a progress bar or plain lines for people.
+"""What long work tells while it runs: RUN/metrics.jsonl for programs, a progress bar or plain lines for people.
 
 metrics.jsonl holds one JSON object per line with a `step` in each. Lines are appended whole and flushed, so a killed
 run leaves at most one torn last line. On resume the lines of steps after the resumed one are cut off before the first
@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import rich.console
 import rich.progress
@@ -29,6 +29,7 @@ SHOWN = {
     "tokens_per_s": "{:,.0f}",
     "in_batch_accuracy": "{:.3f}",
 }
+PLAIN_EVERY_S = 10.0  # seconds between the plain lines of encoding, whose micro-batches can take milliseconds
 
 
 class MetricsFile:
@@ -65,30 +66,28 @@ class MetricsFile:
         self.file.close()
 
 
-class Progress:
-    """Progress of a run on stderr: a bar on a terminal, a plain line every log_every steps and at the end elsewhere."""
+class _Display:
+    """Progress of long work on stderr: a bar on a terminal, plain lines elsewhere, the same figures in both."""
 
-    def __init__(self, total_steps: int, log_every: int) -> None:
-        """Raises ValueError unless both are at least 1."""
-        if total_steps < 1 or log_every < 1:
-            raise ValueError(f"total_steps and log_every must be at least 1: got {total_steps} and {log_every}")
-        self.total_steps = total_steps
-        self.log_every = log_every
-        self.first_step: int | None = None
+    def __init__(self, unit: str, total: int) -> None:
+        if total < 1:
+            raise ValueError(f"the number of {unit}s must be at least 1: got {total}")
+        self.unit = unit
+        self.total = total
         self.started_s = 0.0
         self.bar: rich.progress.Progress | None = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         self.started_s = time.monotonic()
         if sys.stderr.isatty():
             self.bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(bar_width=12),
                 # The default column cuts the last figures off on a narrow terminal; this one wraps.
                 rich.progress.TextColumn("{task.fields[shown]}", table_column=rich.table.Column()),
                 console=rich.console.Console(stderr=True),
             )
-            self.bar.add_task("steps", total=self.total_steps, shown="")
+            self.bar.add_task(self._place(0), total=self.total, shown="")
             self.bar.start()
         return self
 
@@ -97,6 +96,29 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+    def _place(self, done: int) -> str:
+        return f"{self.unit} {done:,}/{self.total:,}"
+
+    def _show(self, done: int, figures: str, seconds_left: float, plain: bool) -> None:
+        """Show that so many are done.  plain: whether a line is due where there is no terminal."""
+        shown = f"{figures} eta {_clock(seconds_left)}"
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=done, description=self._place(done), shown=shown)
+        elif plain:
+            log(f"{self._place(done)} {shown}")
+
+
+class Progress(_Display):
+    """Progress of a run; plain lines come every log_every steps and at the end."""
+
+    def __init__(self, total_steps: int, log_every: int) -> None:
+        """Raises ValueError unless both are at least 1."""
+        super().__init__("step", total_steps)
+        if log_every < 1:
+            raise ValueError(f"log_every must be at least 1: got {log_every}")
+        self.log_every = log_every
+        self.first_step: int | None = None
 
     def step(self, metrics: Mapping[str, float | int]) -> None:
         """Show one finished step.
@@ -110,16 +132,39 @@ class Progress:
         step = int(metrics["step"])
         if self.first_step is None:
             self.first_step = step  # a resumed run starts late, and its speed is that of its own steps
-        shown = " ".join(f"{key} {form.format(metrics[key])}" for key, form in SHOWN.items())
-        shown += f" eta {_clock(self._seconds_left(step))}"
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=step, shown=shown)
-        elif step % self.log_every == 0 or step == self.total_steps:
-            log(f"step {step}/{self.total_steps} {shown}")
+        per_step = (time.monotonic() - self.started_s) / (step - self.first_step + 1)
+        figures = " ".join(f"{key} {form.format(metrics[key])}" for key, form in SHOWN.items())
+        due = step % self.log_every == 0 or step == self.total
+        self._show(step, figures, per_step * (self.total - step), due)
 
-    def _seconds_left(self, step: int) -> float:
-        done = step - (self.first_step or 0) + 1
-        return (time.monotonic() - self.started_s) / done * (self.total_steps - step)
+
+class TextProgress(_Display):
+    """Progress of encoding; plain lines come every PLAIN_EVERY_S seconds and at the end."""
+
+    def __init__(self, total_texts: int) -> None:
+        """Raises ValueError unless there is a text."""
+        super().__init__("text", total_texts)
+        self.known_texts, self.known_tokens = 0, 0
+        self.n_texts, self.n_tokens = 0, 0
+        self.plain_s = 0.0  # seconds from the start to the newest plain line
+
+    def expect(self, n_texts: int, n_tokens: int) -> None:
+        """Count texts that have been tokenised: their lengths stand for those of the texts to come."""
+        self.known_texts += n_texts
+        self.known_tokens += n_tokens
+
+    def advance(self, n_texts: int, n_tokens: int) -> None:
+        """Count texts, of those expected, that have been embedded, and show how far the work is."""
+        self.n_texts += n_texts
+        self.n_tokens += n_tokens
+        seconds = time.monotonic() - self.started_s
+        # Of tokens, not of texts: within a chunk the longest texts come first.
+        left = self.known_tokens / self.known_texts * self.total - self.n_tokens
+        due = seconds - self.plain_s >= PLAIN_EVERY_S or self.n_texts == self.total
+        if due:
+            self.plain_s = seconds
+        figures = f"tokens_per_s {self.n_tokens / seconds:,.0f}"
+        self._show(self.n_texts, figures, max(left, 0.0) * seconds / self.n_tokens, due)
 
 
 def _clock(seconds: float) -> str:

@@ -29,7 +29,7 @@ from e5core.adapter import read_adapter
 from e5core.batches import GlobalBatch, build_batch, pack
 from e5core.config import load_config
 from e5core.distributed import log, start
-from e5core.encode import TEMPLATE, Encoder, describe_device
+from e5core.encode import TEMPLATE, Encoder, ShownEncoder, describe_device
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
 from e5core.evaluate import evaluate, show_table
 from e5core.lora import adapters
@@ -208,7 +208,7 @@ def _report(run: Path, moment: str, encoder: Encoder, sets: Sequence[EvalSet]) -
     scores = json.loads(file.read_text()) if file.is_file() else {}
     if sets and (moment == "after" or moment not in scores):
         log(f"evaluating {moment} training: {', '.join(item.name for item in sets)}")
-        scores[moment] = evaluate(encoder, sets)
+        scores[moment] = evaluate(ShownEncoder(encoder), sets)
         checkpoint.write_json(file, scores)
     return scores
 

@@ -7,7 +7,8 @@ one, so that loading never holds a second copy of the model. Runs refer to their
 """
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,7 @@ from e5core.families import (
     hf_tensor,
     object_of,
 )
-from e5core.gguf_tokenizer import read_gguf_header
+from e5core.gguf_file import GgufTensor, read_gguf_header
 
 _EXPECTED_FILES = (
     "config.json, model.safetensors or model.safetensors.index.json with its parts, tokenizer.json or tokenizer.model"
@@ -86,8 +87,8 @@ def read_config(path: Path, *, causal: bool = True) -> BackboneConfig:
     Raises FileNotFoundError without config.json, ValueError for an architecture or feature that is not supported.
     """
     if path.suffix == ".gguf":
-        metadata, names = read_gguf_header(path)
-        rope_freqs = _rope_freqs(path) if GGUF_DIVISORS in names else None
+        metadata, tensors = read_gguf_header(path)
+        rope_freqs = _rope_freqs(path, tensors[GGUF_DIVISORS]) if GGUF_DIVISORS in tensors else None
         return replace(gguf_config(metadata, rope_freqs, path), causal=causal)
     file = path / "config.json"
     if not file.is_file():
@@ -175,41 +176,60 @@ def _hf_tensors(folder: Path, config: BackboneConfig) -> Iterator[tuple[str, Ten
             raise ValueError(f"{file}: not a whole safetensors file ({error}); download it again") from error
 
 
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """Open a .gguf file by memory map.  Raises ValueError where it is not one or was cut off."""
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, OverflowError, KeyError) as error:
-        raise ValueError(
-            f"{path}: not a whole GGUF file ({error}); it was cut off or damaged, download it again"
-        ) from error
-    size = path.stat().st_size
-    for tensor in reader.tensors:
-        if tensor.data_offset + tensor.n_bytes > size:
-            raise ValueError(f"{path}: cut off: {tensor.name} would end beyond the file's {size:,} bytes")
-    return reader
+def _gguf_tensors(path: Path, config: BackboneConfig) -> Iterator[tuple[str, Tensor]]:
+    for tensor, data in _mapped(path, read_gguf_header(path)[1].values()):
+        name = gguf_name(tensor.name)
+        if name is not None:
+            yield name, gguf_tensor(name, torch.from_numpy(_dequantised(path, tensor, data)), config)
 
 
-def _rope_freqs(path: Path) -> tuple[float, ...]:
-    tensor = next(tensor for tensor in open_gguf(path).tensors if tensor.name == GGUF_DIVISORS)
-    divisors = _dequantised(path, tensor).astype(np.float64)
+def _rope_freqs(path: Path, tensor: GgufTensor) -> tuple[float, ...]:
+    ((_, data),) = _mapped(path, [tensor])
+    divisors = _dequantised(path, tensor, data).astype(np.float64)
     if divisors.ndim != 1 or not (np.isfinite(divisors) & (divisors > 0)).all():
         raise ValueError(f"{path}: {GGUF_DIVISORS} must be a row of numbers above 0; the file is damaged")
     return tuple(divisors.tolist())
 
 
-def _dequantised(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
-    try:
-        return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-    except NotImplementedError as error:
+def _mapped(path: Path, tensors: Iterable[GgufTensor]) -> list[tuple[GgufTensor, np.ndarray]]:
+    """Map the stored bytes of tensors, (..., bytes of a row) uint8; all are checked before the first is read."""
+    file = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+    return [(tensor, _stored(path, tensor, file)) for tensor in tensors]
+
+
+def _stored(path: Path, tensor: GgufTensor, file: np.ndarray) -> np.ndarray:
+    kind = _type_of(path, tensor)
+    if not tensor.shape or 0 in tensor.shape or tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         raise ValueError(
-            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which cannot be read; take a file of F32, "
-            "F16, BF16 or a usual quantisation such as Q8_0 or Q4_K_M"
-        ) from error
+            f"{path}: {tensor.name} cannot have the shape {tensor.shape} and the type {kind.name}; the file is "
+            "damaged, download it again"
+        )
+    shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+    end = tensor.offset + math.prod(shape)
+    if end > len(file):
+        raise ValueError(
+            f"{path}: cut off: {tensor.name} would end beyond the file's {len(file):,} bytes; download it again"
+        )
+    return file[tensor.offset : end].reshape(shape)
 
 
-def _gguf_tensors(path: Path, config: BackboneConfig) -> Iterator[tuple[str, Tensor]]:
-    for tensor in open_gguf(path).tensors:
-        name = gguf_name(tensor.name)
-        if name is not None:
-            yield name, gguf_tensor(name, torch.from_numpy(_dequantised(path, tensor)), config)
+def _dequantised(path: Path, tensor: GgufTensor, data: np.ndarray) -> np.ndarray:
+    try:
+        # F32 comes back as a view of the file, which is not writable, so that is copied; all others are ours already.
+        return np.require(gguf.dequantize(data, _type_of(path, tensor)), np.float32, ["C", "W"])
+    except NotImplementedError as error:
+        raise ValueError(_unreadable(path, tensor, gguf.GGMLQuantizationType(tensor.ggml_type).name)) from error
+
+
+def _type_of(path: Path, tensor: GgufTensor) -> gguf.GGMLQuantizationType:
+    try:
+        return gguf.GGMLQuantizationType(tensor.ggml_type)
+    except ValueError as error:
+        raise ValueError(_unreadable(path, tensor, str(tensor.ggml_type))) from error
+
+
+def _unreadable(path: Path, tensor: GgufTensor, kind: str) -> str:
+    return (
+        f"{path}: {tensor.name} is of type {kind}, which cannot be read; take a file of F32, F16, BF16 or a usual "
+        "quantisation such as Q8_0 or Q4_K_M, or download it again if that is what it should be"
+    )

@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 from tokenizer_texts import ROOT, package_file, sentencepiece_fields
 
-from e5core.gguf_tokenizer import read_gguf_metadata
+from e5core.gguf_file import read_gguf_metadata
 from e5core.tokenizer import Tokenizer
 
 if not torch.cuda.is_available():

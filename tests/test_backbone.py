@@ -158,7 +158,8 @@ def test_attention_refuses_boundaries_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"must rise from 0 to 4: got \[0, 3\]"):
         varlen_attention(q, q, q, torch.tensor([0, 3], dtype=torch.int32), scale=1.0)
     with pytest.raises(ValueError, match="multiple of the key heads"):
-        varlen_attention(q, q[:, :1].expand(4, 3, 8), q[:, :1].expand(4, 3, 8), torch.tensor([0, 4], dtype=torch.int32), scale=1.0)
+        k = q[:, :1].expand(4, 3, 8)
+        varlen_attention(q, k, k, torch.tensor([0, 4], dtype=torch.int32), scale=1.0)
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 from models import save_embedder
 from safetensors.torch import load_file, save_file
-from test_train import CONFIG, ROOT, SYNTHETIC
+from scoring import ROOT, on_terminal
+from test_train import CONFIG, SYNTHETIC
 from test_weights import SMOLLM2, smollm2
 
-from e5core.encode import GOLDEN_TEXTS, Encoder, main
+from e5core.encode import CHUNK, GOLDEN_TEXTS, Encoder, ShownEncoder, main
+from e5core.metrics import PLAIN_EVERY_S, TextProgress
 from e5core.train import main as train_main
 
 TEXTS = ["", "a", "the tram", "word " * 300, "Straße", "猫", "a", "x" * 700, "\n", "🦊 jumps"]
@@ -141,3 +144,62 @@ def test_vectors_that_are_not_finite_are_named(run: Path) -> None:
     encoder.model.backbone.tok_embeddings.weight.data[ids[1]] = torch.inf
     with pytest.raises(FloatingPointError, match="text 1 is not finite"):
         encoder.encode(["a", "Z"])
+
+
+def test_progress_of_a_file_ends_with_all_its_texts_and_their_speed(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_texts(tmp_path / "texts.jsonl", ["a"] * (CHUNK + 3))
+    assert main([str(run), "--input", str(source), "--output", str(tmp_path / "v.npy")]) == 0
+    shown = [line for line in capfd.readouterr().err.splitlines() if line.startswith("text ")]
+    assert re.fullmatch(r"text 2,051/2,051 tokens_per_s [1-9][0-9,]* eta 0:00:00", shown[-1])
+    assert len([line for line in shown if line.startswith("text 2,051/")]) == 1
+
+
+def test_progress_hears_of_every_text_and_token_once_and_changes_no_vector(run: Path) -> None:
+    encoder = Encoder.load(str(run))
+    encoder.batch_tokens = 100
+    sequences, _ = encoder.tokenizer.encode_batch(TEXTS, encoder.max_tokens)
+    with TextProgress(len(TEXTS)) as progress:
+        vectors = encoder.encode(TEXTS, progress=progress)
+    assert (progress.n_texts, progress.n_tokens) == (len(TEXTS), sum(map(len, sequences)))
+    assert np.array_equal(vectors, encoder.encode(TEXTS))
+    assert np.array_equal(vectors, ShownEncoder(encoder).encode(TEXTS))
+
+
+def test_python_s_encode_shows_nothing(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    encoder = Encoder.load(str(run))
+    capfd.readouterr()
+    encoder.encode(TEXTS)
+    assert capfd.readouterr() == ("", "")
+    ShownEncoder(encoder).encode(TEXTS)
+    assert capfd.readouterr().err.startswith("text 10/10 tokens_per_s ")
+
+
+def test_plain_progress_comes_every_ten_seconds_and_reckons_by_tokens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TextProgress(2000) as progress:
+        started = progress.started_s
+        progress.expect(1000, 30_000)  # 30 tokens a text, so 60,000 in all
+        for second, texts, tokens in ((4, 10, 2000), (9, 10, 2000), (10, 80, 6000), (15, 100, 5000), (30, 800, 15_000)):
+            monkeypatch.setattr("time.monotonic", lambda s=second: started + s)
+            progress.advance(texts, tokens)
+        progress.expect(1000, 10_000)
+        monkeypatch.setattr("time.monotonic", lambda: started + 32)
+        progress.advance(1000, 10_000)
+    assert PLAIN_EVERY_S == 10
+    assert capsys.readouterr().err.splitlines() == [
+        "text 100/2,000 tokens_per_s 1,000 eta 0:00:50",
+        "text 1,000/2,000 tokens_per_s 1,000 eta 0:00:30",
+        "text 2,000/2,000 tokens_per_s 1,250 eta 0:00:00",
+    ]
+    with pytest.raises(ValueError, match="texts must be at least 1: got 0"):
+        TextProgress(0)
+
+
+def test_a_terminal_shows_a_bar_while_encoding(run: Path, tmp_path: Path) -> None:
+    source, output = write_texts(tmp_path / "texts.jsonl", TEXTS), tmp_path / "v.npy"
+    shown = on_terminal("e5core.encode", run, "--input", source, "--output", output)
+    assert re.search(r"text 10/10 ━+ tokens_per_s [1-9][0-9,]* eta 0:00:00", shown)
+    assert output.is_file()

@@ -1,4 +1,4 @@
-"""Laws of testsets.py and evaluate.py: metrics against their definitions, test files read right, bad ones named.
+"""Laws of evaluate.py: metrics against their definitions, what is encoded and how, and the command line.
 
 The encoder here is a real one that needs no weights: hashed words, so that equal texts and shared words are near.
 """
@@ -9,76 +9,19 @@ import os
 import re
 import shutil
 import stat
-import zlib
-from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytrec_eval
-from pydantic import TypeAdapter, ValidationError
+from models import save_embedder
 from scipy.stats import rankdata
+from scoring import DATA, TableEncoder, WordEncoder, on_terminal, retrieval, write_beir, write_lines, write_pairs
 from sklearn.metrics import accuracy_score, f1_score
 
 from e5core.evaluate import evaluate, main, nearest_rows, show_table
-from e5core.testsets import EvalSet, read_bitext, read_classification, read_retrieval, read_sts
-
-DATA = Path(__file__).parents[1] / "data"
-
-
-class WordEncoder:
-    """Words (or what the pattern finds) hashed to signed axes, long ones heavier; keeps what it was asked."""
-
-    def __init__(self, dim: int = 2048, pattern: str = r"\w+") -> None:
-        self.dim, self.pattern = dim, pattern
-        self.calls: list[tuple[list[str], str | None, bool]] = []
-
-    def encode(self, texts: Sequence[str], task: str | None = None, normalize: bool = True) -> np.ndarray:
-        self.calls.append((list(texts), task, normalize))
-        vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
-        for row, text in enumerate(texts):
-            for word in re.findall(self.pattern, text.lower()):
-                code = zlib.crc32(word.encode())
-                vectors[row, code % self.dim] += (1.0 if code & 2**31 else -1.0) * min(len(word), 8) ** 2
-            vectors[row, 0] += 1e-3
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
-
-
-class TableEncoder:
-    """A vector per text, as written in the test."""
-
-    def __init__(self, vectors: dict[str, Sequence[float]]) -> None:
-        self.vectors = vectors
-
-    def encode(self, texts: Sequence[str], task: str | None = None, normalize: bool = True) -> np.ndarray:
-        found = np.array([self.vectors[text] for text in texts], dtype=np.float32)
-        return found / np.linalg.norm(found, axis=1, keepdims=True) if normalize else found
-
-
-def write_lines(path: Path, lines: Sequence[dict | str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
-    return path
-
-
-def write_beir(folder: Path, documents: dict[str, str], queries: dict[str, str], judgements: Sequence[str]) -> Path:
-    write_lines(folder / "corpus.jsonl", [{"_id": name, "title": "", "text": text} for name, text in documents.items()])
-    write_lines(folder / "queries.jsonl", [{"_id": name, "text": text} for name, text in queries.items()])
-    write_lines(folder / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", *judgements])
-    return folder
-
-
-def write_pairs(path: Path, pairs: Sequence[tuple[str, str]], scores: Sequence[float] | None = None) -> Path:
-    lines = [{"sentence1": first, "sentence2": second} for first, second in pairs]
-    for line, score in zip(lines, scores or [], strict=False):
-        line["score"] = score
-    return write_lines(path, lines)
-
-
-def retrieval(path: Path, **fields: object) -> EvalSet:
-    return EvalSet(kind="retrieval", path=str(path), **fields)
-
+from e5core.testsets import EvalSet, read_bitext, read_retrieval, read_sts
 
 # Retrieval
 
@@ -185,13 +128,6 @@ def test_max_queries_takes_the_same_subset_whatever_the_order_and_all_documents(
     assert taken[0] not in ([f"text of {name}" for name in order[:10]] for order in (names, names[::-1], sorted(names)))
 
 
-def test_a_document_is_title_and_text_and_may_be_empty(tmp_path: Path) -> None:
-    folder = write_beir(tmp_path / "x", {"a": "a"}, {"q": "q"}, ["q\ta\t1"])
-    lines = [{"_id": "a", "title": "T", "text": "x"}, {"_id": "b", "text": "y"}, {"_id": "c", "title": "", "text": ""}]
-    write_lines(folder / "corpus.jsonl", lines)
-    assert read_retrieval(folder).documents == {"a": "T x", "b": "y", "c": ""}
-
-
 # Sentence pairs
 
 
@@ -282,9 +218,6 @@ def test_classification_by_chance_scores_what_chance_gives(tmp_path: Path) -> No
     assert min(abs(scores["toy/accuracy"] - share) for share in (100 / 3, 200 / 3)) < 1e-9
 
 
-# The shipped sets, names and instructions
-
-
 def test_measures_are_the_names_of_the_scores_in_their_order(tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "some-sts" / "dev.jsonl", [("a", "b"), ("c", "c")], [1, 2])
     for split in ("train", "test"):
@@ -297,168 +230,6 @@ def test_measures_are_the_names_of_the_scores_in_their_order(tmp_path: Path) -> 
     ]
     assert [name for eval_set in sets for name in eval_set.measures] == list(evaluate(WordEncoder(), sets))
     assert sets[0].measures == ("beir/ndcg@10", "beir/recall@100") and sets[1].measures == ("some-sts-dev/spearman",)
-
-
-def test_the_shipped_sets_have_the_counts_of_their_readmes() -> None:
-    for name, n_documents, n_queries, n_judgements in (("xquad-en", 240, 1185, 1185), ("scifact-small", 800, 300, 339)):
-        read = read_retrieval(DATA / "retrieval" / name)
-        assert (len(read.documents), len(read.queries)) == (n_documents, n_queries)
-        assert sum(map(len, read.judgements.values())) == n_judgements
-    for split in ("dev", "test"):
-        assert len(read_sts(DATA / "sts" / "stsb-cc-en" / f"{split}.jsonl").scores) == 375
-    for language in ("deu", "fra", "cmn"):
-        assert len(read_bitext(DATA / "bitext" / "tatoeba" / f"{language}-eng.jsonl").first) == 1000
-    banking = read_classification(DATA / "classification" / "banking77")
-    for labels, each in ((banking.train_labels, 16), (banking.test_labels, 10)):
-        assert len(set(labels)) == 77 and {labels.count(label) for label in set(labels)} == {each}
-
-
-@pytest.mark.parametrize(
-    ("kind", "path", "name", "task"),
-    [
-        ("retrieval", "data/retrieval/xquad-en", "xquad-en", "Given a question, retrieve Wikipedia passages"),
-        ("retrieval", "data/retrieval/xquad-en/", "xquad-en", "Given a question, retrieve Wikipedia passages"),
-        ("retrieval", "nq-open-oracle-small", "nq-open-oracle-small", "Given a question, retrieve Wikipedia passages"),
-        ("retrieval", "a/scifact-small", "scifact-small", "Given a scientific claim, retrieve documents that support"),
-        ("retrieval", "a/fiqa", "fiqa", "Given a web search query, retrieve relevant passages that answer the query"),
-        ("sts", "a/stsb-cc-en/test.jsonl", "stsb-cc-en", "Retrieve semantically similar text."),
-        ("sts", "a/stsb-cc-en/dev.jsonl", "stsb-cc-en-dev", "Retrieve semantically similar text."),
-        ("sts", "a/stsb-cc-en/train.jsonl", "stsb-cc-en-train", "Retrieve semantically similar text."),
-        ("sts", "a/mine.jsonl", "mine", "Retrieve semantically similar text."),
-        ("bitext", "a/tatoeba/deu-eng.jsonl", "deu-eng", "Retrieve parallel sentences."),
-        ("classification", "a/banking77", "banking77", "Given a online banking query, find the corresponding intents"),
-    ],
-)
-def test_name_and_instruction_come_from_the_path(kind: str, path: str, name: str, task: str) -> None:
-    eval_set = EvalSet(kind=kind, path=path)
-    assert eval_set.name == name and eval_set.instruction.startswith(task)
-    assert EvalSet(kind=kind, path=path, task="Mine.").instruction == "Mine."
-    assert EvalSet(kind=kind, path=path, task="").instruction == ""
-
-
-def test_a_set_named_from_inside_its_folder_has_the_folders_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "some-set").mkdir()
-    monkeypatch.chdir(tmp_path / "some-set")
-    assert EvalSet(kind="sts", path="test.jsonl").name == "some-set"
-    assert EvalSet(kind="retrieval", path=".").name == "some-set"
-
-
-@pytest.mark.parametrize(
-    ("fields", "why"),
-    [
-        ({"kind": "sts", "path": "x.jsonl", "max_queries": 5}, "max_queries is for retrieval only"),
-        ({"kind": "classification", "path": "a/unknown"}, "the classification unknown needs a task"),
-        ({"kind": "retrieval", "path": "x", "max_queries": 0}, "greater than or equal to 1"),
-        ({"kind": "rerank", "path": "x"}, "'retrieval', 'sts', 'bitext' or 'classification'"),
-    ],
-)
-def test_a_bad_set_is_refused_by_the_config(fields: dict[str, object], why: str) -> None:
-    with pytest.raises(ValidationError, match=why):
-        TypeAdapter(EvalSet).validate_python(fields)
-    good = TypeAdapter(EvalSet).validate_python({"kind": "retrieval", "path": "x", "max_queries": 3})
-    assert good == EvalSet(kind="retrieval", path="x", max_queries=3)
-
-
-# Bad input
-
-
-def broken_beir(change: Callable[[Path], object]) -> Callable[[Path], EvalSet]:
-    def build(folder: Path) -> EvalSet:
-        write_beir(folder / "x", {"a": "red", "b": "blue"}, {"q": "red"}, ["q\ta\t1"])
-        change(folder / "x")
-        return retrieval(folder / "x")
-
-    return build
-
-
-def broken_qrels(*lines: str) -> Callable[[Path], EvalSet]:
-    return broken_beir(lambda x: write_lines(x / "qrels" / "test.tsv", lines))
-
-
-def pairs(kind: str, *lines: dict | str) -> Callable[[Path], EvalSet]:
-    return lambda folder: EvalSet(kind=kind, path=str(write_lines(folder / "x.jsonl", lines)))
-
-
-def labelled(train: Sequence[dict], test: Sequence[dict]) -> Callable[[Path], EvalSet]:
-    def build(folder: Path) -> EvalSet:
-        write_lines(folder / "x" / "train.jsonl", train)
-        write_lines(folder / "x" / "test.jsonl", test)
-        return EvalSet(kind="classification", path=str(folder / "x"), task="t")
-
-    return build
-
-
-PAIR = {"sentence1": "a", "sentence2": "b", "score": 1}
-A, B = {"text": "a", "label": "a"}, {"text": "b", "label": "b"}
-HEAD = "query-id\tcorpus-id\tscore"
-BAD_SETS = {
-    "no folder": (lambda folder: retrieval(folder / "none"), "no such file: .*none/corpus.jsonl"),
-    "no qrels": (broken_beir(lambda x: shutil.rmtree(x / "qrels")), "no such file: .*qrels/test.tsv"),
-    "no queries": (broken_beir(lambda x: (x / "queries.jsonl").unlink()), "no such file: .*queries.jsonl"),
-    "empty corpus": (broken_beir(lambda x: write_lines(x / "corpus.jsonl", [])), "corpus.jsonl is empty"),
-    "header only": (broken_qrels(HEAD), "test.tsv holds no judgement"),
-    "unknown document": (broken_qrels(HEAD, "q\tz\t1"), r"test.tsv:2: .*unknown document 'z'"),
-    "unknown query": (broken_qrels(HEAD, "q\ta\t1", "z\ta\t1"), r"test.tsv:3: .*unknown query 'z'"),
-    "relevance is text": (broken_qrels(HEAD, "q\ta\thigh"), r"test.tsv:2: score must be a whole number, got 'high'"),
-    "relevance is a fraction": (
-        broken_qrels(HEAD, "q\ta\t0.5"),
-        r"test.tsv:2: score must be a whole number, got '0.5'",
-    ),
-    "two columns": (broken_qrels(HEAD, "q a 1"), r"test.tsv:2: .* got 1 columns"),
-    "no header but TREC's columns": (broken_qrels("q\t0\ta\t1"), r"test.tsv:1: .* got 4 columns"),
-    "two verdicts": (broken_qrels(HEAD, "q\ta\t1", "q\ta\t0"), r"test.tsv:3: .*judged otherwise"),
-    "repeated id": (
-        broken_beir(lambda x: write_lines(x / "corpus.jsonl", [{"_id": "a", "text": "x"}] * 2)),
-        r"corpus.jsonl:2: the _id 'a' occurred before",
-    ),
-    "id is a number": (
-        broken_beir(lambda x: write_lines(x / "queries.jsonl", [{"_id": 1, "text": "x"}])),
-        r"queries.jsonl:1: _id must be a string",
-    ),
-    "blank query": (
-        broken_beir(lambda x: write_lines(x / "queries.jsonl", [{"_id": "q", "text": " "}])),
-        r"queries.jsonl:1: text is empty",
-    ),
-    "document without text": (
-        broken_beir(lambda x: write_lines(x / "corpus.jsonl", [{"_id": "a", "title": "x"}])),
-        r"corpus.jsonl:1: missing field text",
-    ),
-    "no file": (lambda folder: EvalSet(kind="sts", path=str(folder / "x.jsonl")), "no such file"),
-    "empty file": (pairs("sts"), "x.jsonl is empty"),
-    "one pair": (pairs("bitext", PAIR), "holds 1 pair: at least 2"),
-    "broken line": (pairs("sts", PAIR, '{"sentence1": '), r"x.jsonl:2: broken JSON"),
-    "no score": (pairs("sts", PAIR, {"sentence1": "a", "sentence2": "b"}), r"x.jsonl:2: missing field score"),
-    "score is text": (pairs("sts", PAIR, PAIR | {"score": "3"}), r"x.jsonl:2: score must be a number, got a string"),
-    "score is NaN": (pairs("sts", PAIR, PAIR | {"score": math.nan}), r"x.jsonl:2: score must be a finite number"),
-    "one score for all": (pairs("sts", PAIR, PAIR), "every score is 1"),
-    "blank sentence": (pairs("bitext", PAIR, PAIR | {"sentence2": ""}), r"x.jsonl:2: sentence2 is empty"),
-    "one label": (labelled([A, A], [A]), "needs two labels or more, got a"),
-    "label without train": (labelled([A, B], [A, {"text": "c", "label": "c"}]), r"test.jsonl:2: .*label 'c'"),
-    "empty train": (labelled([], [A]), "train.jsonl is empty"),
-    "label is null": (
-        labelled([A, {"text": "x", "label": None}], [A]),
-        r"train.jsonl:2: label must be a string, got null",
-    ),
-}
-
-
-@pytest.mark.parametrize(("build", "why"), BAD_SETS.values(), ids=BAD_SETS.keys())
-def test_a_bad_set_is_refused_before_anything_is_encoded(tmp_path: Path, build: Callable, why: str) -> None:
-    encoder = WordEncoder()
-    good = EvalSet(kind="sts", path=str(write_pairs(tmp_path / "good.jsonl", [("a", "b"), ("c", "d")], [1, 2])))
-    with pytest.raises((ValueError, FileNotFoundError), match=why):
-        evaluate(encoder, [good, build(tmp_path)])
-    assert encoder.calls == []
-
-
-def test_two_sets_of_one_name_and_no_set_are_refused(tmp_path: Path) -> None:
-    sets = [EvalSet(kind="sts", path=f"{tmp_path}/{folder}/x.jsonl") for folder in "ab"]
-    with pytest.raises(ValueError, match="two test sets are named x: .*/a/x.jsonl and .*/b/x.jsonl"):
-        evaluate(WordEncoder(), sets)
-    with pytest.raises(ValueError, match="no test set given"):
-        evaluate(WordEncoder(), [])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -508,6 +279,22 @@ def test_the_table_has_a_plain_line_per_score_where_there_is_no_terminal(capsys:
     show_table({"before": {"a/f1": 1.239}, "after": {"a/f1": 50.0, "b/ndcg@10": 7.0}})
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["a/f1  before 1.24  after 50.00", "b/ndcg@10  before -  after 7.00"]
+
+
+def test_progress_and_the_ops_faces_are_shown_and_scores_alone_go_to_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sts = write_pairs(tmp_path / "x.jsonl", [("a", "b"), ("c", "d")], [1, 2])
+    model = save_embedder(tmp_path / "model")
+    capsys.readouterr()  # transformers' bar
+    assert main([str(model), "--sts", str(sts)]) == 0
+    captured = capsys.readouterr()
+    device, evaluating, progress, _ = captured.err.splitlines()
+    assert device.startswith("device ") and "infonce" in device and evaluating == "evaluating x"
+    assert re.fullmatch(r"text 4/4 tokens_per_s [1-9][0-9,]* eta 0:00:00", progress)
+    assert captured.out.startswith("x/spearman  score ")
+    shown = on_terminal("e5core.evaluate", model, "--sts", sts)
+    assert re.search(r"text 4/4 ━+ tokens_per_s [1-9][0-9,]* eta 0:00:00", shown)
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ import gguf
 import pytest
 from tokenizer_texts import HARD, ROOT, TEXTS, frozen, like_gemma, text_ids, write_gguf
 
-from e5core.gguf_tokenizer import RefusalsNamed, load_gguf_tokenizer, read_gguf_metadata
+from e5core.gguf_file import read_gguf_metadata
+from e5core.gguf_tokenizer import RefusalsNamed, load_gguf_tokenizer
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 
 

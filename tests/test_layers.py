@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    ("ground", {"config", "distributed", "records", "tokenizer", "gguf_tokenizer"}),
+    ("ground", {"config", "distributed", "records", "tokenizer", "gguf_file", "gguf_tokenizer"}),
     (
         "parts",
         {

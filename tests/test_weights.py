@@ -4,8 +4,10 @@ import json
 import math
 import re
 import shutil
+import struct
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO, Any
 
 import gguf
 import numpy as np
@@ -25,6 +27,7 @@ from transformers import (
 
 from e5core.adapter import read_adapter, write_adapter
 from e5core.encoder import EmbeddingModel
+from e5core.gguf_file import read_gguf_header
 from e5core.lora import LoraConfig, adapters, init_lora
 from e5core.weights import fingerprint, read_config, resolve_model, tensors_of
 
@@ -175,40 +178,48 @@ def test_gguf_equals_the_model_it_was_written_from(kind: str, tmp_path: Path) ->
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that the gguf package's reader, which takes seconds for a vocabulary, was made to open."""
+def headers(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose heads were read, in order; each is read through one Path.open, tensors by numpy's own mapping.
+
+    The gguf package's reader, which takes seconds for a vocabulary, must not be asked at all.
+    """
     files: list[Path] = []
+    original = Path.open
 
-    class Counted(gguf.GGUFReader):
-        def __init__(self, path: Path) -> None:
+    def counted(path: Path, *arguments: Any, **named: Any) -> IO[Any]:
+        if path.suffix == ".gguf":
             files.append(path)
-            super().__init__(path)
+        return original(path, *arguments, **named)
 
-    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    def slow(reader: gguf.GGUFReader, path: Path, *arguments: object) -> None:
+        raise AssertionError(f"gguf.GGUFReader was made to read {path}")
+
+    monkeypatch.setattr(Path, "open", counted)
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", slow)
     return files
 
 
-def test_gguf_rope_freqs_equal_transformers_llama3_scaling(opened: list[Path], tmp_path: Path) -> None:
+def test_gguf_rope_freqs_equal_transformers_llama3_scaling(headers: list[Path], tmp_path: Path) -> None:
     peer, (texts, tokens, cu_seqlens) = save_peer("llama3", tmp_path), packed()
     file = tmp_path / "m.gguf"
     write_gguf(file, peer, gguf.GGMLQuantizationType.F32)
     divisors = read_config(file).rope_divisors
     assert divisors == pytest.approx(read_config(tmp_path).rope_divisors, rel=1e-6)
     assert divisors[0] == pytest.approx(1.0) and divisors[-1] == pytest.approx(8.0)  # a multiplier would be 1/8
-    assert opened == [file]
+    assert headers == [file]  # a tensor that belongs to the sizes costs no second reading of the file's head
     backbone = load(file)
     with torch.no_grad():
         expected = torch.cat([peer(text[None]).last_hidden_state[0] for text in texts])
         assert (backbone.norm(backbone(tokens, cu_seqlens)) - expected).abs().max() < 1e-5
 
 
-def test_gguf_without_a_vocabulary_size_has_as_many_as_tokens(opened: list[Path], tmp_path: Path) -> None:
+def test_gguf_without_a_vocabulary_size_has_as_many_as_tokens(headers: list[Path], tmp_path: Path) -> None:
     peer, file = llama64(), tmp_path / "m.gguf"
     write_gguf(file, peer, gguf.GGMLQuantizationType.F32, size_key=False, tokens=97)
     assert read_config(file).vocab_size == 97
-    assert opened == []  # the sizes of a model cost no second reading of its file
+    assert headers == [file]  # the sizes of a model cost one reading of its file's head
     assert torch.equal(load(file).state_dict()["tok_embeddings.weight"], peer.embed_tokens.weight)
-    assert opened == [file]
+    assert headers == [file] * 3  # and so do its tensors, beside the sizes that they are held against
     write_gguf(file, peer, gguf.GGMLQuantizationType.F32, tokens=11)
     assert read_config(file).vocab_size == 97  # what the file says comes first
     write_gguf(file, peer, gguf.GGMLQuantizationType.F32, size_key=False)
@@ -349,15 +360,56 @@ def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
-def test_a_gguf_cut_off_is_named(share: float, tmp_path: Path) -> None:
-    file = tmp_path / "cut.gguf"
-    data = smollm2().read_bytes()
-    file.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(
-        ValueError, match="cut.gguf: (cut off|not a whole GGUF)|cannot read the metadata of .*cut.gguf: it ends"
-    ):
-        load(file)
+@pytest.mark.parametrize("variant", ["llama64", "llama3"])
+def test_a_gguf_cut_off_anywhere_is_named(variant: str, tmp_path: Path) -> None:
+    file, whole = tmp_path / "cut.gguf", tmp_path / "m.gguf"
+    peer = llama64() if variant == "llama64" else save_peer(variant, tmp_path)  # llama3: a tensor among the sizes
+    write_gguf(whole, peer, gguf.GGMLQuantizationType.F32, tokens=97)
+    data, first = whole.read_bytes(), min(tensor.offset for tensor in read_gguf_header(whole)[1].values())
+    load(whole)
+    sizes = dict.fromkeys(range(0, first - 32, first // 40), "the metadata of .*cut.gguf: (it ends|cannot)")
+    sizes |= dict.fromkeys((first, (first + len(data)) // 2, len(data) - 1), r"cut.gguf: cut off: \S+ would end")
+    for size, message in sizes.items():
+        file.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=message):
+            load(file)
+
+
+def test_the_tensors_of_a_gguf_are_checked_before_the_first_is_read(tmp_path: Path) -> None:
+    peer, file = llama64(), tmp_path / "m.gguf"
+    write_gguf(file, peer, gguf.GGMLQuantizationType.F32)
+    config = read_config(file)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="m.gguf: cut off"):
+        next(tensors_of(file, config))
+
+
+def _described(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    """A tensor's description as GGUF files have it, the shape's last number first."""
+    sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+    return struct.pack("<Q", len(name)) + name.encode() + sizes + struct.pack("<IQ", kind, offset)
+
+
+@pytest.mark.parametrize(
+    "shape, kind, offset, message",
+    [
+        ((2, 3), 4, 0, "norm.weight is of type 4, which cannot be read"),
+        ((2, 3), 2**32 - 1, 0, "norm.weight is of type 4294967295, which cannot be read"),
+        ((2, 33), 8, 0, r"norm.weight cannot have the shape \(2, 33\) and the type Q8_0"),
+        ((0, 32), 8, 0, r"norm.weight cannot have the shape \(0, 32\) and the type Q8_0"),
+        ((), 0, 0, r"norm.weight cannot have the shape \(\) and the type F32"),
+        ((2**62, 2**62), 0, 0, "cut off: output_norm.weight would end beyond the file's"),
+        ((2, 3), 0, 2**64 - 32, "cut off: output_norm.weight would end beyond the file's"),
+    ],
+)
+def test_a_tensor_that_a_gguf_cannot_hold_is_named(
+    shape: tuple[int, ...], kind: int, offset: int, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, 0) + _described("output_norm.weight", shape, kind, offset))
+    save_peer("llama2", tmp_path / "sizes")
+    with pytest.raises(ValueError, match=f"m.gguf: .*{message}"):
+        list(tensors_of(file, read_config(tmp_path / "sizes")))
 
 
 def test_a_gguf_of_another_architecture_is_named(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ def keyed_dropout_reference(x: Tensor, keys: Tensor, stream: int, drop_below: in
     """Drop by plain torch; the definition.  Arguments and result as `keyed_dropout`."""
     groups = torch.arange(-(-x.shape[1] // 8), device=keys.device, dtype=torch.int64) * signed(_GOLDEN)
     bits = mix_tensor((keys ^ signed(stream))[:, None] + groups)  # (T, C / 8), 8 bytes each
-    kept = bits.view(torch.uint8)[:, : x.shape[1]] >= drop_below
+    drawn = bits.flatten().view(torch.uint8).view(len(keys), 8 * len(groups))  # flat: no row at all has no strides
+    kept = drawn[:, : x.shape[1]] >= drop_below
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.where(kept, wide * (256 / (256 - drop_below)), 0).to(x.dtype)
 

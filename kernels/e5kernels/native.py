@@ -1,7 +1,7 @@
 """The compiled CPU ops of csrc/, where setup.py built them: `torch.ops.e5kernels.NAME`.
 
-Importing this room loads the library. Without one (no compiler at installation) `AVAILABLE` is false and every op runs by
-its reference, which its `face` says in the first log line; a library that is there and does not load is an error.
+Importing this room loads the library. Without one (no compiler at installation) `AVAILABLE` is false and every op runs
+by its reference, which its `face` says in the first log line; a library that is there and does not load is an error.
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@
     forward   y = x * r * weight,  r = 1 / sqrt(mean(x^2) + eps)
     backward  dx = r * (g * weight - x * r^2 * mean(g * weight * x))
 
-x: (..., D) any float dtype.  weight: (D,), x's dtype, or fp32 under bf16.  y: like x; arithmetic in max(fp32, x's dtype).
+x: (..., D) any float dtype.  weight: (D,), x's dtype, or fp32 under bf16.  y: like x, by way of max(fp32, x's dtype).
 The weight is frozen wherever it matters to speed; its own gradient, sum(g * x * r), is left to plain torch.
 Bytes, of e each element, for N elements: forward 2 N e, backward 3 N e; saved: x and one number a row.
 """

@@ -27,11 +27,12 @@ def face(device: torch.device) -> str:
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn every head by its token's angles.
 
-    x: (T, heads, head_dim).  cos, sin: (T, 1, head_dim / 2), max(fp32, x's dtype).  Returns like x, differentiable in x.
+    x: (T, heads, head_dim).  cos, sin: (T, 1, head_dim / 2), max(fp32, x's dtype).  Returns like x, differentiable.
     """
     if face(x.device) == "reference" or not native.takes(x):
         return rope_reference(x, cos, sin)
-    return torch.ops.e5kernels.rope(x if _heads_contiguous(x) else x.contiguous(), cos.contiguous(), sin.contiguous(), False)
+    heads = x if _heads_contiguous(x) else x.contiguous()
+    return torch.ops.e5kernels.rope(heads, cos.contiguous(), sin.contiguous(), False)
 
 
 def _heads_contiguous(x: Tensor) -> bool:

@@ -1,0 +1,77 @@
+"""How each op of csrc/ is held against its reference: outputs and gradients, by the rule of the dtype."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tolerances import assert_fp32, assert_fp64, assert_twice
+from torch import Tensor
+
+from e5kernels import native
+
+BUILT = pytest.mark.skipif(
+    not native.AVAILABLE, reason="the C++ ops are not built: `pip install -e .` with a C++ compiler builds them"
+)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+Function = Callable[..., Tensor]
+
+
+def bounds(lengths: Sequence[int]) -> Tensor:
+    """Return cu_seqlens of sequences of these lengths: (N+1,) int32."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Name the dtype that an op computes in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def with_gradients(function: Function, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """Return function's output and the gradient of every input; inputs keep their strides."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream, materialize_grads=True)]
+
+
+def assert_faces_agree(op: str, function: Function, reference: Function, inputs: Sequence[Tensor]) -> None:
+    """Hold function's output and gradients to those of the reference, computed in float64 from the same inputs.
+
+    float32: the table of tolerances.py.  float64: 1e-12 norm-wise.  bfloat16: twice the reference's own error.
+    """
+    dtype = inputs[0].dtype
+    with torch.no_grad():
+        upstream = torch.randn(reference(*inputs).shape, dtype=torch.float64).to(dtype)
+    got = with_gradients(function, inputs, upstream)
+    assert all(x.dtype == dtype for x in got)
+    expected = with_gradients(reference, [x.double() for x in inputs], upstream.double())
+    if dtype == torch.bfloat16:
+        same = with_gradients(reference, inputs, upstream)
+        for ours, theirs, truth in zip(got, same, expected, strict=True):
+            if truth.numel():
+                assert_twice(ours, theirs, truth.float())
+    for ours, truth in zip(got, expected, strict=True):
+        assert ours.shape == truth.shape
+        if dtype == torch.float64:
+            assert_fp64(ours, truth)
+        elif dtype == torch.float32:
+            assert_fp32(op, ours, truth.float())
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Run torch, and with it the C++ ops, on n threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_threads_do_not_matter(function: Function, inputs: Sequence[Tensor]) -> None:
+    """Hold output and gradients to the same bits on 1, 2, 3 and again 2 threads."""
+    upstream, results = torch.randn_like(function(*inputs)), []
+    for n in (1, 2, 3, 2):
+        with threads(n):
+            results.append(with_gradients(function, inputs, upstream))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

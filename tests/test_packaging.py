@@ -62,6 +62,21 @@ def test_every_import_is_declared(metadata: Distribution, folder: str) -> None:
             assert DISTRIBUTIONS.get(name, name.replace("_", "-")) in declared, f"{path.name} imports {name}"
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
+def test_setup_compiles_every_file_of_csrc_and_sdists_carry_them(metadata: Distribution) -> None:
+    [extension] = metadata.ext_modules
+    assert extension.name == "e5kernels._C" and extension.py_limited_api
+    assert {Path(source).name for source in extension.sources} == {path.name for path in (ROOT / "csrc").glob("*.cpp")}
+    assert {Path(header).name for header in extension.depends} == {path.name for path in (ROOT / "csrc").glob("*.h")}
+    assert "graft csrc" in (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
+
+
+def test_without_a_compiler_the_package_installs_without_its_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not run_setup("setup.py", stop_after="init").ext_modules
+
+
 def test_triton_is_required_on_linux_only(metadata: Distribution) -> None:
     [line] = [line for line in metadata.install_requires if line.startswith("triton")]
     assert re.fullmatch(r"triton\s*; platform_system == \"Linux\"", line)

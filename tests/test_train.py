@@ -25,6 +25,7 @@ from e5core.encode import Encoder
 from e5core.encoder import build_model
 from e5core.lora import LoraConfig, adapters
 from e5core.loss import LossConfig, infonce_loss
+from e5core.optim import AdamW, OptimConfig
 from e5core.records import read_records
 from e5core.tokenizer import Tokenizer
 from e5core.train import Config, backward_step, main, train
@@ -98,6 +99,20 @@ def test_loss_and_gradients_do_not_depend_on_the_micro_batch(
         loss, gradient = gradients(embedder, batch, budget, dtype)
         assert abs(loss - whole_loss) < loss_error * whole_loss
         assert relative(gradient, whole) < gradient_error
+
+
+def test_steps_on_one_batch_lower_its_loss(embedder: Path) -> None:
+    batch = batch_of(embedder, n=8)
+    model = build_model(embedder, torch.float32, torch.device("cpu"), causal=True, lora=LoraConfig(rank=4), seed=0)
+    for _, linear in adapters(model.backbone):
+        linear.lora_b.data.normal_(0, 0.1)  # with B = 0 this random model gives all texts one vector
+    optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad}, OptimConfig())
+    losses = []
+    for _ in range(12):
+        losses.append(backward_step(model, batch, LossConfig(temperature=0.5), 1000, None).loss.item())
+        optimizer.clip_gradients()
+        optimizer.update(3e-3)
+    assert losses[-1] < losses[0] - 0.01, losses
 
 
 def test_the_step_s_gradient_is_autograd_s_of_the_whole(embedder: Path) -> None:

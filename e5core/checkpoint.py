@@ -4,7 +4,7 @@
     step_N/e5core.json                                       what an encoder needs to know: base model by path and hash,
                                                              tokenization contract, template, dtype, length
     step_N/golden.npy                                        embeddings of GOLDEN_TEXTS by this checkpoint
-    step_N/optimizer.safetensors, state.json                 to go on: moments, step, digest of the data, best so far
+    step_N/optimizer.safetensors, state.json                 to go on: moments, step, mixture's state, best so far
     best.json                                                {"step", "metric", "value"}
 
 A step folder is written under a temporary name, flushed to the disk and renamed, so that a kill or a full disk at any
@@ -56,10 +56,13 @@ def save(
     card: Card,
     golden: np.ndarray,
     optimizer: AdamW,
-    data_digest: str,
+    data: Mapping[str, Any],
     best: dict[str, Any] | None,
 ) -> Path:
-    """Write RUN/step_N.  Raises OSError where the disk refuses; then nothing of it is left behind."""
+    """Write RUN/step_N; data is the mixture's state().
+
+    Raises OSError where the disk refuses; then nothing of it is left behind.
+    """
     final, partial = run / f"{_PREFIX}{step}", run / f".partial_{_PREFIX}{step}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -68,9 +71,7 @@ def save(
         _write_json(partial / "e5core.json", asdict(card))
         np.save(partial / "golden.npy", golden, allow_pickle=False)
         save_file(optimizer.state(), partial / "optimizer.safetensors")
-        _write_json(
-            partial / "state.json", {"step": step, "n_updates": optimizer.n_updates, "data": data_digest, "best": best}
-        )
+        _write_json(partial / "state.json", {"step": step, "n_updates": optimizer.n_updates, **data, "best": best})
         for file in partial.iterdir():
             _flush(file)
         _flush(partial)
@@ -90,6 +91,12 @@ def steps_of(run: Path) -> list[int]:
     """Return the numbers of the whole checkpoints in a run folder, rising."""
     found = (p.name.removeprefix(_PREFIX) for p in run.glob(f"{_PREFIX}*") if (p / "state.json").is_file())
     return sorted(int(number) for number in found if number.isdigit())
+
+
+def begun_epochs(run: Path) -> list[list[dict[str, Any]]]:
+    """Return the "epochs" of the mixture's state() in the newest checkpoint; none where there is no checkpoint."""
+    steps = steps_of(run)
+    return read_json(step_folder(run, steps[-1]) / "state.json").get("epochs", []) if steps else []
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""What long work tells while it runs: RUN/metrics.jsonl for programs, a progress bar or plain lines for people.
+"""What training and encoding tell while they run: RUN/metrics.jsonl for programs, progress for people.
 
 metrics.jsonl holds one JSON object per line with a `step` in each. Lines are appended whole and flushed, so a killed
 run leaves at most one torn last line. On resume the lines of steps after the resumed one are cut off before the first
@@ -8,18 +8,13 @@ new line is written, so that a step never occurs twice.
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
-
-import rich.console
-import rich.progress
-import rich.table
+from typing import Any
 
 from e5core.distributed import log
+from e5core.progress import Display
 
 # Shown in this order, on the terminal and in plain lines alike: the key in metrics.jsonl and its format.
 SHOWN = {
@@ -66,55 +61,12 @@ class MetricsFile:
         self.file.close()
 
 
-class _Display:
-    """Progress of long work on stderr: a bar on a terminal, plain lines elsewhere, the same figures in both."""
-
-    def __init__(self, unit: str, total: int) -> None:
-        if total < 1:
-            raise ValueError(f"the number of {unit}s must be at least 1: got {total}")
-        self.unit = unit
-        self.total = total
-        self.started_s = 0.0
-        self.bar: rich.progress.Progress | None = None
-
-    def __enter__(self) -> Self:
-        self.started_s = time.monotonic()
-        if sys.stderr.isatty():
-            self.bar = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(bar_width=12),
-                # The default column cuts the last figures off on a narrow terminal; this one wraps.
-                rich.progress.TextColumn("{task.fields[shown]}", table_column=rich.table.Column()),
-                console=rich.console.Console(stderr=True),
-            )
-            self.bar.add_task(self._place(0), total=self.total, shown="")
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def _place(self, done: int) -> str:
-        return f"{self.unit} {done:,}/{self.total:,}"
-
-    def _show(self, done: int, figures: str, seconds_left: float, plain: bool) -> None:
-        """Show that so many are done.  plain: whether a line is due where there is no terminal."""
-        shown = f"{figures} eta {_clock(seconds_left)}"
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=done, description=self._place(done), shown=shown)
-        elif plain:
-            log(f"{self._place(done)} {shown}")
-
-
-class Progress(_Display):
+class Progress(Display):
     """Progress of a run; plain lines come every log_every steps and at the end."""
 
     def __init__(self, total_steps: int, log_every: int) -> None:
         """Raises ValueError unless both are at least 1."""
-        super().__init__("step", total_steps)
+        super().__init__("step", total_steps, log)
         if log_every < 1:
             raise ValueError(f"log_every must be at least 1: got {log_every}")
         self.log_every = log_every
@@ -135,15 +87,15 @@ class Progress(_Display):
         per_step = (time.monotonic() - self.started_s) / (step - self.first_step + 1)
         figures = " ".join(f"{key} {form.format(metrics[key])}" for key, form in SHOWN.items())
         due = step % self.log_every == 0 or step == self.total
-        self._show(step, figures, per_step * (self.total - step), due)
+        self.show(step, figures, per_step * (self.total - step), due)
 
 
-class TextProgress(_Display):
+class TextProgress(Display):
     """Progress of encoding; plain lines come every PLAIN_EVERY_S seconds and at the end."""
 
     def __init__(self, total_texts: int) -> None:
         """Raises ValueError unless there is a text."""
-        super().__init__("text", total_texts)
+        super().__init__("text", total_texts, log)
         self.known_texts, self.known_tokens = 0, 0
         self.n_texts, self.n_tokens = 0, 0
         self.plain_s = 0.0  # seconds from the start to the newest plain line
@@ -164,12 +116,7 @@ class TextProgress(_Display):
         if due:
             self.plain_s = seconds
         figures = f"tokens_per_s {self.n_tokens / seconds:,.0f}"
-        self._show(self.n_texts, figures, max(left, 0.0) * seconds / self.n_tokens, due)
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+        self.show(self.n_texts, figures, max(left, 0.0) * seconds / self.n_tokens, due)
 
 
 def _is_step(value: object) -> bool:

@@ -15,7 +15,7 @@ import json
 import math
 import unicodedata
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,21 +82,32 @@ def read_records(paths: Sequence[Path], *, skip_broken: bool = False) -> tuple[l
     records: list[Record] = []
     skipped: list[str] = []
     for path in paths:
-        n_before, n_skipped_before = len(records), len(skipped)
-        for line, raw in read_lines(path):
-            place = f"{path}:{line}"
-            try:
-                fields = parse_object(raw, place)
-                records.append(_record(fields, place, stem=_stem(path), line=line))
-            except BrokenRecord as error:
-                if not skip_broken:
-                    raise
-                skipped.append(str(error))
-        if len(records) == n_before:
-            n_broken = len(skipped) - n_skipped_before
+        found, broken = parse_lines(read_lines(path), path, skip_broken=skip_broken)
+        if not found:
             raise ValueError(
-                f"{path} holds no usable record: {n_broken} broken lines and no other; give a file with one"
+                f"{path} holds no usable record: {len(broken)} broken lines and no other; give a file with one"
             )
+        records += found
+        skipped += broken
+    return records, skipped
+
+
+def parse_lines(lines: Iterable[tuple[int, bytes]], path: Path, *, skip_broken: bool) -> tuple[list[Record], list[str]]:
+    """Parse numbered lines of the file at `path` as records.
+
+    Returns the records, and "FILE:LINE: why" for every line left out.  Raises BrokenRecord unless skip_broken.
+    """
+    records: list[Record] = []
+    skipped: list[str] = []
+    for line, raw in lines:
+        place = f"{path}:{line}"
+        try:
+            fields = parse_object(raw, place)
+            records.append(record_of(fields, place, stem=_stem(path), line=line))
+        except BrokenRecord as error:
+            if not skip_broken:
+                raise
+            skipped.append(str(error))
     return records, skipped
 
 
@@ -167,7 +178,21 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"known: {', '.join(known)}" + (f"; did you mean {matches[0]}?" if matches else "")
 
 
-def _record(fields: dict[str, object], place: str, *, stem: str, line: int) -> Record:
+def query_text(task: str, query: str) -> str:
+    """Format a query with its instruction; without a task it stays bare.  Text becomes NFC."""
+    return unicodedata.normalize("NFC", f"Instruct: {task}\nQuery: {query}" if task else query)
+
+
+def document_text(text: str) -> str:
+    """Format a document: as it is, in NFC."""
+    return unicodedata.normalize("NFC", text)
+
+
+def record_of(fields: dict[str, object], place: str, *, stem: str, line: int) -> Record:
+    """Make a Record of a line's object; place is the "FILE:LINE" that a BrokenRecord names.
+
+    stem, line: the file's, of which id and source are made where the line has none.
+    """
     if "response" in fields:
         return _synthetic_record(fields, place, stem, line)
     kind = _kind(fields, place)

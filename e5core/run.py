@@ -81,7 +81,11 @@ class Config:
 def check_files(config: Config) -> Path:
     """Look for every file that the run needs before anything is read.  Returns the model's path."""
     for i, source in enumerate(config.data.sources):
-        existing(Path(source.path), f"data.sources[{i}].path")
+        if existing(Path(source.path), f"data.sources[{i}].path").is_dir() and config.train.steps is None:
+            raise ValueError(
+                f"data.sources[{i}].path = {source.path!r} is a folder, which may grow, so nobody knows how many steps "
+                "train.epochs will be: give train.steps instead"
+            )
     for table in ("sets", "report"):
         for i, item in enumerate(config.eval.sets if table == "sets" else config.eval.report):
             existing(Path(item.path), f"eval.{table}[{i}].path")

@@ -11,7 +11,6 @@ thereby one plain pass. The run's folder holds all that there is to say about it
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -53,7 +52,8 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     run = Path(config.train.run)
     model_path = check_files(config)
     check_folder(run, config)
-    mixture, skipped = load_mixture(config.data, config.train.seed)
+    epochs = checkpoint.begun_epochs(run) if config.train.resume else []
+    mixture, skipped = load_mixture(config.data, config.train.seed, epochs)
     for message in skipped:
         log(f"skipped {message}")
     config = resolve_dtype(config, run, device)
@@ -128,10 +128,9 @@ def _loop(
     """Train from the resumed step (or the first) to the last, with logs, evaluations and checkpoints."""
     model, n_steps = encoder.model, total_steps(config, mixture)
     optimizer = AdamW(_trainable(model), config.optim)
-    digest = _data_digest(mixture)
     card, best = _card(config, model_path, encoder), None
     if resume_step is not None:
-        best = checkpoint.restore(checkpoint.step_folder(run, resume_step), model, optimizer, digest, card)
+        best = checkpoint.restore(checkpoint.step_folder(run, resume_step), model, optimizer, mixture.digest, card)
         log(f"resumed after step {resume_step}")
     metrics = MetricsFile(run / "metrics.jsonl", resume_step)
     try:
@@ -148,7 +147,7 @@ def _loop(
                 is_best, due = best is not None and best["step"] == done, config.train.save_every
                 if is_best or done == n_steps or (due and done % due == 0):
                     golden = encoder.golden_vectors()
-                    checkpoint.save(run, done, model, config.lora, card, golden, optimizer, digest, best)
+                    checkpoint.save(run, done, model, config.lora, card, golden, optimizer, mixture.state(), best)
                     if best is not None:
                         checkpoint.write_json(run / "best.json", best)
                     checkpoint.prune(run, config.train.keep)
@@ -183,7 +182,7 @@ def _train_step(
         "negatives_per_query": result.negatives.float().mean().item(),
         "tokens": batch.n_tokens,
         "truncated": batch.n_truncated,
-        "epoch": (step + 1) * config.batch.size / mixture.epoch_size,
+        "epoch": mixture.n_epochs((step + 1) * config.batch.size),
         "seconds": round(seconds, 3),
     }
 
@@ -239,13 +238,6 @@ def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card
         tokenizer_contract=dict(encoder.tokenizer.contract()),
         template=TEMPLATE,
     )
-
-
-def _data_digest(mixture: Mixture) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for record in mixture.records:
-        digest.update(repr(record).encode())
-    return digest.hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    ("ground", {"config", "distributed", "records", "tokenizer", "gguf_file", "gguf_tokenizer"}),
+    (
+        "ground",
+        {"config", "distributed", "progress", "records", "manifest", "tokenizer", "gguf_file", "gguf_tokenizer"},
+    ),
     (
         "parts",
         {
@@ -37,7 +40,7 @@ FLOORS = (
     ),
 )
 ENTRY_IMPORTS = {("evaluate", "encode"), ("train", "evaluate"), ("train", "encode")}  # other entries know no entry
-SYNTH_IMPORTS = {"config", "records"}  # and each other; torch takes seconds to import, and API machines have none
+SYNTH_IMPORTS = {"config", "progress", "records"}  # and each other; torch takes seconds, and API machines have none
 KERNEL_IMPORTS = {"torch", "triton", "numpy", "e5kernels"}  # and the standard library
 NEVER_IMPORTED = {"tests", "bench", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ENVIRONMENT_READERS = {"distributed", "synth.client"}  # ranks; API keys

@@ -30,6 +30,11 @@ def test_a_step_is_the_same_from_any_start() -> None:
     assert [r.id for r in Mixture(sources, [1, 0.5], seed=4).batch(0, 4)] != [r.id for r in steps[0]]
 
 
+def test_the_order_is_that_of_earlier_releases() -> None:
+    mixture = Mixture([records("a", 10), records("b", 7)], [1, 0.5], seed=3)
+    assert [r.id for r in mixture.batch(2, 8)] == ["a4", "a3", "b1", "b5", "b0", "a1", "a8", "a2"]
+
+
 def test_ratios_give_shares_of_an_epoch() -> None:
     mixture = Mixture([records("a", 10), records("b", 10), records("c", 10)], [1, 0.3, 2.5], seed=0)
     assert mixture.epoch_size == 38

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,14 +165,15 @@ def test_a_resumed_run_equals_one_that_never_stopped_bitwise(config_file: Path, 
     assert _lines(tmp_path / "run") == _lines(tmp_path / "stopped")
 
 
-def _train_until(config: Config, step: int) -> None:
-    """Train in this process and interrupt it after `step` steps, as Ctrl-C does."""
+def _train_until(config: Config, last: int, meanwhile: Callable[[int], None] = lambda step: None) -> None:
+    """Train in this process, call `meanwhile` after each step, and interrupt after the last, as Ctrl-C does."""
     import e5core.metrics
 
     class Interrupting(e5core.metrics.Progress):
         def step(self, metrics: dict) -> None:
             super().step(metrics)
-            if metrics["step"] == step:
+            meanwhile(metrics["step"])
+            if metrics["step"] == last:
                 raise KeyboardInterrupt
 
     import e5core.train
@@ -181,6 +183,64 @@ def _train_until(config: Config, step: int) -> None:
         train(config)
     finally:
         e5core.train.Progress = original
+
+
+def test_a_run_that_follows_a_growing_store_resumes_bitwise_though_it_grew_meanwhile(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = (SYNTHETIC / "en_sts.jsonl").read_text().splitlines(keepends=True)
+
+    def grow(store: Path, shard: str, first: int, last: int) -> None:
+        store.mkdir(parents=True, exist_ok=True)
+        with (store / shard).open("a") as file:
+            file.writelines(lines[first:last])
+
+    def grow_in_the_first_epoch(store: Path, step: int) -> None:
+        if step == 1:
+            grow(store, "00000.jsonl", 20, 25)
+            grow(store, "00001.jsonl", 25, 35)
+
+    runs = {}
+    for name in ("never", "stopped"):  # the first two epochs end after 20 and 20 + 35 of 9 * 8 records
+        store = tmp_path / name / "records"
+        grow(store, "00000.jsonl", 0, 20)
+        file = tmp_path / f"{name}.toml"
+        file.write_text(config_file.read_text().replace(str(SYNTHETIC / "en_sts.jsonl"), str(store)))
+        runs[name] = load_config(Config, file, [f"train.run='{tmp_path / name / 'run'}'", "train.steps=9"])
+    never, stopped = tmp_path / "never", tmp_path / "stopped"
+
+    def grow_never(step: int) -> None:
+        grow_in_the_first_epoch(never / "records", step)
+        if step == 5:
+            grow(never / "records", "00001.jsonl", 35, 50)
+
+    _train_until(runs["never"], -1, grow_never)
+    with pytest.raises(KeyboardInterrupt):
+        _train_until(runs["stopped"], 5, lambda step: grow_in_the_first_epoch(stopped / "records", step))
+    grow(stopped / "records", "00001.jsonl", 35, 50)
+    capfd.readouterr()
+    train(replace(runs["stopped"], train=replace(runs["stopped"].train, resume=True)))
+    told = re.findall("epoch .* begins .*", capfd.readouterr().err)
+    assert told == [f"epoch {e} begins with 15 new records from {n} files" for e, n in ((2, 2), (3, 1))]
+    assert _equal_bitwise(never / "run", stopped / "run", 9)
+    assert _lines(never / "run") == _lines(stopped / "run")
+    assert _lines(never / "run")[-1]["epoch"] == 2 + (72 - 55) / 50
+    epochs = json.loads((stopped / "run" / "step_9" / "state.json").read_text())["epochs"]
+    assert [len(shards) for shards in epochs] == [1, 2, 1]
+    with (stopped / "records" / "00000.jsonl").open("r+") as file:
+        file.write(" ")
+    again = replace(runs["stopped"], train=replace(runs["stopped"].train, resume=True))
+    with pytest.raises(ValueError, match=r"00000\.jsonl no longer begins"):
+        train(again)
+
+
+def test_a_folder_needs_steps_for_nobody_knows_how_many_an_epoch_will_be(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config_file.write_text(config_file.read_text().replace("steps = 6", "epochs = 1"))
+    assert main([str(config_file), f"data.sources=[{{path='{SYNTHETIC}'}}]"]) == 2
+    assert "data.sources[0].path" in (error := capfd.readouterr().err) and "give train.steps instead" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_run_folder_is_complete(config_file: Path, tmp_path: Path) -> None:

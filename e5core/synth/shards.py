@@ -1,27 +1,14 @@
 """A growing list of lines in numbered files: FOLDER/00000.jsonl, 00001.jsonl, ...
 
-Lines are only ever appended, so whoever reads may trust every line that ends in a newline. `manifest` says what is
-there at a moment, for a training run that follows a growing store: it keeps the list in its checkpoint and takes new
-shards in at an epoch's border.
+Lines are only ever appended, so whoever reads may trust every line that ends in a newline: e5core.manifest, say, for a
+training run that follows a growing store.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 Place = tuple[int, int, int]  # shard, first byte, bytes
-BLOCK = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """What a file held when the manifest was made; later lines stand after it."""
-
-    path: str
-    n_bytes: int  # up to the last whole line
-    digest: str  # hex blake2b of these bytes
 
 
 class Stream:
@@ -96,20 +83,3 @@ class Stream:
         if shard not in self._files:
             self._files[shard] = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         return self._files[shard]
-
-
-def manifest(folder: Path) -> list[Shard]:
-    """List the .jsonl files of a folder with their whole lines, as they are now; a writer may go on meanwhile."""
-    return [_shard(path) for path in sorted(folder.glob("*.jsonl"))]
-
-
-def _shard(path: Path) -> Shard:
-    """Hash up to the last newline, in blocks: a line that is being written is left for the next time."""
-    whole, digest, rest = 0, hashlib.blake2b(digest_size=16), b""
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            lines, newline, tail = (rest + block).rpartition(b"\n")
-            digest.update(lines + newline)
-            whole += len(lines) + len(newline)
-            rest = tail
-    return Shard(str(path), whole, digest.hexdigest())

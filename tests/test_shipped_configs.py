@@ -16,10 +16,13 @@ from e5core.config import load_config
 from e5core.encode import Encoder
 from e5core.mixture import load_mixture
 from e5core.run import Config
+from e5core.synth.__main__ import main as synth
+from e5core.synth.settings import SynthConfig
 from e5core.testsets import read_sets
 from e5core.train import main, total_steps
 
-CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+SYNTH = sorted((ROOT / "configs").glob("synth*.toml"))
+CONFIGS = sorted(set((ROOT / "configs").glob("*.toml")) - set(SYNTH))
 FAMILIES = {  # of the backbone that a config names, as tests/models.py has it
     "e5_mistral_7b": "mistral-window",
     "gemma3_270m": "gemma3",
@@ -34,7 +37,7 @@ each_config = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.ste
 def test_every_config_has_a_family_and_a_line_in_the_readme() -> None:
     assert {file.stem for file in CONFIGS} == set(FAMILIES)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [file.name for file in CONFIGS if f"configs/{file.name}" not in readme] == []
+    assert [file.name for file in (*CONFIGS, *SYNTH) if f"configs/{file.name}" not in readme] == []
 
 
 @each_config
@@ -58,6 +61,19 @@ def test_a_config_s_head_says_how_to_run_it_and_where_its_weights_come_from(file
     if not path.startswith("package:"):  # those come with `make`
         [fetched, *_] = re.findall(rf"(?:--local-dir |assemble\('){re.escape(path)}\b", head)
         assert fetched and "Needs " in head and "Licence: " in head
+
+
+@pytest.mark.parametrize("file", SYNTH, ids=lambda file: file.stem)
+def test_a_synth_config_can_be_previewed_and_has_a_budget(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.md").write_text("A folder of documents holds this one.")
+    corpus = [f"corpus.path={tmp_path}"] if "\n[corpus]" in file.read_text(encoding="utf-8") else []
+    assert synth([str(file), *corpus, "--preview", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("[user]") == 3 and shown.count("holds this one") == 3 * len(corpus)
+    config = load_config(SynthConfig, file, corpus)
+    assert config.budget.money and config.synth.out == {"synth": "runs/synth", "synth_domain": "runs/domain"}[file.stem]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -83,7 +83,7 @@ def test_every_fault_ends_as_a_reply_with_its_reason_and_a_true_charge(fault: st
         billed = bill(url)
     for reply in replies:
         assert isinstance(reply, Reply) and reply.error == ERRORS[fault]
-        assert reply.attempts == (1 if fault in FINAL else 2)
+        assert (reply.attempts, reply.again) == ((1, False) if fault in FINAL else (2, True))
         assert (reply.text is not None) == (fault in FINAL)
     assert_ledger_covers(ledger.path, billed)
     assert ledger.n_open == 0 and ledger.spent.requests == billed["total"]["requests"]
@@ -164,14 +164,19 @@ def test_requests_at_once_reach_the_limit_and_never_pass_it_on_as_few_connection
     assert billed["most_at_once"] == 7 and billed["connections"] == 7 and billed["total"]["requests"] == 100
 
 
-def test_a_slow_request_holds_up_no_other(ledger: Ledger) -> None:
-    share, seed = 0.05, 0
+@pytest.mark.parametrize(
+    ("slots", "fault"),
+    [(2, ["timeout", *HANG]), (1, ["429_retry_after", "--retry-after", "3"])],
+    ids=["sent", "paused"],
+)
+def test_a_request_that_is_slow_or_pauses_holds_up_no_other(slots: int, fault: list[str], ledger: Ledger) -> None:
+    share, seed, limits = 0.05, 0, LimitsConfig(**LIMITS | {"concurrency": slots, "longest_pause_s": 1.0})
     slow = next(r for r in requests(1000) if fault_of(seed, share, r.key, 1) and not fault_of(seed, share, r.key, 2))
     quick = [r for r in requests(1000, first=1000) if not fault_of(seed, share, r.key, 1)][:40]
     ended: list[str] = []
 
     async def run() -> None:
-        async with Client((model(url),), LimitsConfig(**LIMITS | {"concurrency": 2}), ledger, 0) as client:
+        async with Client((model(url),), limits, ledger, 0) as client:
 
             async def ask(request: Request) -> None:
                 assert (await client.ask(request)).error is None
@@ -179,15 +184,17 @@ def test_a_slow_request_holds_up_no_other(ledger: Ledger) -> None:
 
             await asyncio.gather(*map(ask, [slow, *quick]))
 
-    with chat_server("--faults", str(share), "--kinds", "timeout", *HANG) as url:
+    with chat_server("--faults", str(share), "--kinds", *fault) as url:
         asyncio.run(run())
-    assert ended[-1] == slow.key and len(ended) == 41
+        arrivals = sorted(bill(url)["arrivals"])
+    assert ended[-1] == slow.key and len(ended) == 41 and arrivals[1] - arrivals[0] < 2.0
 
 
 def test_a_pace_gives_every_window_its_share_and_loses_none() -> None:
     draw, now, pace, given = random.Random(0), 0.0, Pace(600.0), []
-    for _ in range(3000):
+    for i in range(3000):
         now += draw.expovariate(12.0)  # more than the pace allows
+        now = given[-1][0] + 50.0 if i == 1500 else now  # but for one lull
         amount = draw.choice((1, 1, 3))
         given.append((now + pace.take(amount, now), amount))
     assert given == sorted(given)
@@ -195,7 +202,7 @@ def test_a_pace_gives_every_window_its_share_and_loses_none() -> None:
     for i, j in itertools.combinations(range(0, 3000, 7), 2):
         window = given[j][0] - given[i][0]
         assert sums[j] - sums[i] <= 10 * (window + BURST_S) + 3 + 1e-6
-    assert sums[-1] >= 0.99 * 10 * given[-1][0]
+    assert sums[-1] >= 0.99 * 10 * (given[-1][0] - 50.0)
     assert Pace(None).take(1e9, 0.0) == 0.0
 
 
@@ -228,13 +235,14 @@ def test_retry_after_is_honoured_and_a_server_that_asks_for_too_much_is_given_up
 def test_pauses_are_full_jitter_below_a_doubling_limit_and_the_same_for_the_same_seed() -> None:
     limits = LimitsConfig(backoff_s=0.5, longest_pause_s=60.0)
     for attempt, most in ((1, 0.5), (2, 1.0), (5, 8.0), (9, 60.0), (90, 60.0)):
-        pauses = [pause_s(limits, f"0/{i}", attempt, None) for i in range(2000)]
+        pauses = [pause_s(limits, 0, str(i), attempt, None) for i in range(2000)]
         assert 0 <= min(pauses) < 0.01 * most and 0.99 * most < max(pauses) <= most
         assert sum(pauses) / 2000 == pytest.approx(most / 2, rel=0.05)
-        assert pauses == [pause_s(limits, f"0/{i}", attempt, None) for i in range(2000)]
-    asked = [pause_s(limits, f"0/{i}", 7, 20.0) for i in range(100)]
+        assert pauses == [pause_s(limits, 0, str(i), attempt, None) for i in range(2000)]
+    assert len({pause_s(limits, seed, key, n, None) for seed in (0, 1) for key in "ab" for n in (8, 9)}) == 8
+    asked = [pause_s(limits, 0, str(i), 7, 20.0) for i in range(100)]
     assert min(asked) >= 20.0 and max(asked) <= 20.5 and len(set(asked)) == 100
-    assert pause_s(limits, "0", 1, 301.0) is None
+    assert pause_s(limits, 0, "a", 1, 301.0) is None
 
 
 def test_the_budget_ends_the_asking_and_holds_for_the_servers_bill_too(tmp_path: Path) -> None:
@@ -291,6 +299,13 @@ def test_an_answer_without_end_is_left_alone(ledger: Ledger, monkeypatch: pytest
         (reply,) = ask_all((model(url),), LimitsConfig(), ledger, requests(1))
     assert (reply.error, reply.text, reply.attempts) == ("too_large", None, 1)
     assert ledger.spent.output_tokens == 100
+
+
+def test_a_redirect_is_not_followed_since_it_would_carry_the_key_away(ledger: Ledger) -> None:
+    with chat_server() as url:
+        (reply,) = ask_all((model(f"{url}/moved"),), LimitsConfig(), ledger, requests(1))
+        assert list(bill(url)["paths"]) == ["/v1/moved/chat/completions"]
+    assert (reply.error, reply.attempts) == ("http_307", 1) and ledger.spent.output_tokens == 100
 
 
 def test_the_key_is_sent_and_neither_written_nor_shown(tmp_path: Path) -> None:

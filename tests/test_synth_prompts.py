@@ -188,6 +188,7 @@ def test_persona_and_passage_are_added_only_where_given_and_noted() -> None:
         assert user["content"].endswith('Text with {task} and "quotes".')
         assert {k: v for k, v in dressed.params.items() if k not in ("persona", "passage")} == plain.params
         assert dressed.params["persona"] == "a nurse" and len(str(dressed.params["passage"])) == 16
+        assert dressed.params["passage"] != asked(kind, 4, passage="Another.").params["passage"]
         if kind.brainstorm:
             text = brainstorm_request(kind, 0, seed=0, passage="PASSAGE").messages[-1]["content"]
             assert "PASSAGE" in text and "PASSAGE" not in brainstorm_request(kind, 0, seed=0).messages[-1]["content"]
@@ -267,6 +268,7 @@ def test_a_users_kind_is_found_before_ours_and_named_like_its_file(tmp_path: Pat
         ("n_examples = 2", "n_examples = 9", "more than the 6 examples"),
         ('kind = "short_long"', 'kind = "short_lang"', "kind: input should be"),
         ('kind = "short_long"', 'kind = "short_long"\ntask = "Find."', "either a task or a \\[brainstorm\\] table"),
+        ("[placeholders]", "[placeholders]\nwording = [1]", "placeholders.wording: this name is filled in"),
         ("[placeholders]", "[placeholder]", "placeholder: unknown key.*nearest: placeholders"),
     ],
 )

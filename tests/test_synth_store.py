@@ -15,7 +15,6 @@ import pytest
 
 from e5core.records import read_records
 from e5core.synth.replies import Rejection
-from e5core.synth.shards import manifest
 from e5core.synth.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -124,10 +123,10 @@ def test_the_order_of_answers_decides_nothing(tmp_path: Path, order: tuple[int, 
         lambda store: store.add_record("k2", fields("a DOG", language="German"), model="n"),
         lambda store: (
             store.add_record("k3", fields("A  dog"), model="m"),
-            store.add_record("k0", fields("b"), model="m"),
+            store.add_tasks("t1", ["Find a law.", "Find a cat."], kind="short_long", model="m"),
         ),
         lambda store: (
-            store.add_tasks("t1", ["Find a law.", "Find a cat."], kind="short_long", model="m"),
+            store.add_record("k0", fields("b"), model="m"),
             store.add_tasks("t0", ["Find a dog.", "find a CAT.", "Find a law"], kind="short_long", model="m"),
         ),
     ]
@@ -154,6 +153,8 @@ def test_a_duplicate_says_so_and_its_text_is_kept_among_the_rejects(tmp_path: Pa
         assert store.add_record("k1", fields("A dog"), model="m") is True
         assert store.add_record("k2", fields("a dog"), model="m") is False
         assert store.add_record("k0", fields("a  dog"), model="m") is True  # the smaller key takes its place
+        assert store.n_records == 1
+    with Store(tmp_path) as store:
         assert store.n_records == 1
     [reject] = [line for line in whole_lines(tmp_path) if line.get("reason")]
     assert (reject["id"], reject["reason"], reject["detail"], reject["kind"]) == ("k2", "duplicate", "k1", "sts")
@@ -201,20 +202,25 @@ def test_a_shard_cut_at_any_byte_opens_whole_and_goes_on_to_the_same_end(
         assert (cut / stream / "00000.jsonl").read_bytes() == raw
 
 
-@pytest.mark.parametrize("damage", ["noise", "cut", "empty", "version"])
+@pytest.mark.parametrize("damage", ["noise", "page", "log", "cut", "empty", "version"])
 def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "index.sqlite"
     with Store(tmp_path) as store:
         fill(store, 30)
         expected = contents(store, tmp_path)
-    path = tmp_path / "index.sqlite"
+        log = path.with_name("index.sqlite-wal").read_bytes()
     raw = bytearray(path.read_bytes())
+    if damage == "log":  # of a killed process, while the file is damaged
+        path.with_name("index.sqlite-wal").write_bytes(log)
     if damage == "version":
         raw[60:64] = (77).to_bytes(4, "big")  # where SQLite keeps user_version
-    for place in range(100, len(raw), 37) if damage == "noise" else ():
+    spoilt = {"noise": (100, len(raw)), "log": (100, len(raw)), "page": (4096, 8192)}  # page: of answers
+    for place in range(*spoilt.get(damage, (0, 0)), 37):
         raw[place] ^= 0x5A
     path.write_bytes(raw[: {"cut": 5000, "empty": 0}.get(damage, len(raw))])
     with Store(tmp_path) as store:
         assert contents(store, tmp_path) == expected and store.has("r29")
+    assert path.read_bytes()[60:64] == (1).to_bytes(4, "big")
 
 
 def test_a_damaged_line_is_named_and_nothing_is_thrown_away(tmp_path: Path) -> None:
@@ -268,19 +274,20 @@ def test_a_killed_writer_loses_nothing_it_reported_and_ends_at_the_same_store(tm
 def test_records_are_written_by_rising_key_less_what_is_dropped(tmp_path: Path) -> None:
     long = " ".join(f"word{i}" for i in range(80))
     with Store(tmp_path / "s") as store:
-        for key, text in (("c", long), ("a", long + " end"), ("b", "quite another"), ("d", "test set")):
+        texts = {"c": long, "a": long + " end", "b": "quite another", "d": "test set", "0": long + " start"}
+        for key, text in texts.items():
             store.add_record(key, fields(text), model="m")
 
         def drop(line: dict[str, object]) -> str:
-            return "contaminated" if line["id"] == "d" else ""
+            return "contaminated" if line["id"] in "d0" else ""  # what is dropped drops no other
 
         path = tmp_path / "out.jsonl"
-        assert store.write_records(path) == (4, {})
-        assert [record.id for record in read_records([path])[0]] == ["a", "b", "c", "d"]
+        assert store.write_records(path) == (5, {})
+        assert [record.id for record in read_records([path])[0]] == ["0", "a", "b", "c", "d"]
         for _ in range(2):  # the second time finds no traces of the first
             assert store.write_records(path, drop=drop, near_duplicates=True) == (
                 2,
-                {"contaminated": 1, "near_duplicate": 1},
+                {"contaminated": 2, "near_duplicate": 1},
             )
             assert [record.id for record in read_records([path])[0]] == ["a", "b"]
         before = path.read_bytes()
@@ -316,25 +323,6 @@ def test_a_pool_is_numbered_by_key_and_can_be_closed_again(tmp_path: Path) -> No
             store.task("sts", 3)
 
 
-def test_a_manifest_names_whole_lines_and_holds_while_the_store_grows(tmp_path: Path) -> None:
-    folder = tmp_path / "records"
-    with Store(tmp_path, shard_bytes=600) as store:
-        fill(store, 6)
-        with (folder / "00001.jsonl").open("ab") as file:
-            file.write(b'{"torn')  # as a reader may see a line that is being written
-        early = manifest(folder)
-        assert len(early) == 2 and early[1].n_bytes == (folder / "00001.jsonl").stat().st_size - 6
-        os.truncate(folder / "00001.jsonl", early[1].n_bytes)
-        fill(store, 6, first=6)
-    late = manifest(folder)
-    assert late[0] == early[0] and len(late) > 2
-    assert [json.loads(line)["id"] for line in Path(early[1].path).read_bytes()[: early[1].n_bytes].splitlines()]
-    raw = bytearray((folder / "00000.jsonl").read_bytes())
-    raw[5] ^= 1
-    (folder / "00000.jsonl").write_bytes(raw)
-    assert manifest(folder)[0].digest != early[0].digest
-
-
 def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path) -> None:
     program = f"""
 import resource, signal, sys
@@ -358,6 +346,32 @@ store.close()
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stdout) == (0, "b File too large\n"), run.stderr
     assert [line["id"] for line in whole_lines(tmp_path)] == ["a", "c"]
+
+
+def test_an_index_that_cannot_be_written_stops_the_run_and_loses_no_answer(tmp_path: Path) -> None:
+    program = f"""
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from e5core.synth.replies import Rejection
+from e5core.synth.store import Store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = Store(Path({str(tmp_path)!r}), shard_bytes=20_000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))  # shards stay below it
+n = 0
+try:
+    while True:
+        store.add_reject(f"{{n:06d}}", Rejection("no_json"), kind="sts", model="m", text="")
+        n += 1
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+with Store(Path({str(tmp_path)!r})) as again:  # the refused store has let go of its lock
+    print(n > 256, all(again.has(f"{{i:06d}}") for i in range(n + 1)))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "the index cannot be written" in run.stdout, run.stderr
+    assert run.stdout.endswith("True True\n")
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:

@@ -139,9 +139,8 @@ def _same(texts: dict[str, str]) -> Rejection | None:
 
 
 def _labels(texts: dict[str, str]) -> Rejection | None:
-    text, *_ = (" ".join(unicodedata.normalize("NFKC", value).casefold().split()) for value in texts.values())
-    for key in RESPONSE_KEYS["long_short"][1:]:
-        label = " ".join(unicodedata.normalize("NFKC", texts[key]).casefold().split())
+    text, *labels = (" ".join(unicodedata.normalize("NFKC", value).casefold().split()) for value in texts.values())
+    for key, label in zip(RESPONSE_KEYS["long_short"][1:], labels, strict=True):
         # Whole words only, so that "no" is not found in "now"; scripts without spaces have no such border.
         before, after = (r"(?<!\w)" if _spaced(label[0]) else ""), (r"(?!\w)" if _spaced(label[-1]) else "")
         if re.search(before + re.escape(label) + after, text):

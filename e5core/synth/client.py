@@ -5,17 +5,18 @@
 
 `ask` waits for a free slot and for the model's pace, writes the most that the attempt can cost to the ledger, sends it,
 settles, and pauses before the next attempt without a slot. So nothing waits for the slowest of a group. Pauses are
-random up to a doubling limit (full jitter), after the server's Retry-After where it names one.
+random up to a doubling limit (full jitter); where the server names a Retry-After, that and a little more.
 
 The key of an API is read from the environment variable that the config names, when the client is entered. It goes into
 the requests' headers and nowhere else; where a server repeats it, it is struck out of what comes back.
 """
 
 import asyncio
+import bisect
 import hashlib
+import itertools
 import json
 import os
-import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from e5core.synth.ledger import BudgetSpent, Charge, Ledger, price
+from e5core.synth.prompts import draw_unit
 from e5core.synth.settings import LimitsConfig, ModelConfig
 from e5core.synth.wire import Answer, body, most_input_tokens, read_answer, route
 
@@ -62,6 +64,7 @@ class Reply:
     output_tokens: int
     attempts: int
     detail: str = ""  # the server's words about the error
+    again: bool = False  # a later run may get an answer
 
 
 def request_key(request: Mapping[str, Any], model: str, draw: int) -> str:
@@ -75,21 +78,16 @@ def request_key(request: Mapping[str, Any], model: str, draw: int) -> str:
 
 def choose_model(models: Sequence[ModelConfig], seed: int, place: str) -> ModelConfig:
     """Draw a model by the shares, as a pure function of (seed, place); place: e.g. "short_long/17"."""
-    digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
-    point = int.from_bytes(digest, "big") / 2**64 * sum(model.share for model in models)
-    for model in models:
-        point -= model.share
-        if point < 0:
-            return model
-    return models[-1]  # rounding
+    bounds = list(itertools.accumulate(model.share for model in models))
+    return models[bisect.bisect_right(bounds, draw_unit(seed, place) * bounds[-1])]
 
 
-def pause_s(limits: LimitsConfig, place: str, attempt: int, asked_s: float | None) -> float | None:
+def pause_s(limits: LimitsConfig, seed: int, key: str, attempt: int, asked_s: float | None) -> float | None:
     """Return how long to pause after an attempt (from 1), as a pure function; None where the server asks for too much.
 
-    place: what the random draw hangs on; asked_s: the server's Retry-After.
+    asked_s: the server's Retry-After.
     """
-    jitter = random.Random(f"{place}/{attempt}").random()
+    jitter = draw_unit(seed, key, attempt)
     if asked_s is None:
         return jitter * min(limits.longest_pause_s, limits.backoff_s * 2 ** (attempt - 1))
     return None if asked_s > PATIENCE * limits.longest_pause_s else asked_s + jitter * limits.backoff_s
@@ -184,7 +182,7 @@ class Client:
             self.faults[answer.error] += 1
             if not answer.again or attempt == self._limits.max_attempts:
                 break
-            wait_s = pause_s(self._limits, f"{self._seed}/{request.key}", attempt, answer.retry_after_s)
+            wait_s = pause_s(self._limits, self._seed, request.key, attempt, answer.retry_after_s)
             if wait_s is None:
                 break
             await asyncio.sleep(wait_s)
@@ -197,7 +195,7 @@ class Client:
             text, detail = text and text.replace(secret, "[key]"), detail.replace(secret, "[key]")
         n_in, n_out = answer.usage or (0, 0)
         detail = detail[:DETAIL_LENGTH]  # after the striking out: half a key is a leak, too
-        return Reply(request.key, request.model, text, answer.error, n_in, n_out, attempt, detail)
+        return Reply(request.key, request.model, text, answer.error, n_in, n_out, attempt, detail, answer.again)
 
     async def _start_slowly(self) -> None:
         """Let each slot start a little later than the one before.
@@ -249,8 +247,6 @@ class Client:
                     if len(received) > LARGEST_ANSWER_BYTES:
                         response.close()
                         return Answer(error="too_large", detail=f"more than {LARGEST_ANSWER_BYTES} bytes")
-                for secret in self._secrets:
-                    received = received.replace(secret.encode("ascii"), b"[key]")
                 return read_answer(response.status, response.headers, bytes(received))
         except TimeoutError:
             return Answer(error="timeout", detail=f"over {self._limits.timeout_s} s", again=True)

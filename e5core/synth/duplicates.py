@@ -46,9 +46,9 @@ def near_hashes(fields: dict[str, object]) -> list[int]:
     pieces = np.zeros(max(1, len(points) - RUN + 1), dtype=np.uint64)
     for i in range(min(RUN, len(points))):
         pieces = pieces * np.uint64(0x100000001B3) + points[i : i + len(pieces)]
-    pieces = np.unique(pieces)
-    seeds = _mixed(np.arange(1, N_BANDS * N_ROWS + 1, dtype=np.uint64))
-    least = np.array([_mixed(pieces ^ seed).min() for seed in seeds]).reshape(N_BANDS, N_ROWS)
+    pieces = _mixed(np.unique(pieces))
+    factors = _mixed(np.arange(1, N_BANDS * N_ROWS + 1, dtype=np.uint64)) | np.uint64(1)
+    least = np.array([(pieces * factor).min() for factor in factors]).reshape(N_BANDS, N_ROWS)
     return [int.from_bytes(_digest(f"{i}{band.tolist()}", 8), "big") for i, band in enumerate(least)]
 
 

@@ -76,9 +76,8 @@ class Index:
         return self._base.execute("SELECT 1 FROM answers WHERE key = ?", (key,)).fetchone() is not None
 
     def holder(self, content: bytes) -> str:
-        """Return the key of the surviving record with these texts; "" if there is none."""
-        row = self._base.execute("SELECT key FROM answers WHERE content = ? AND reason = ''", (content,)).fetchone()
-        return row[0] if row else ""
+        """Return the smallest key of a record with these texts, which is the one that survives; "" if there is none."""
+        return self._base.execute("SELECT min(key) FROM answers WHERE content = ?", (content,)).fetchone()[0] or ""
 
     def size(self, stream: str, shard: int) -> int:
         """Return how many bytes of a shard are known."""
@@ -91,9 +90,7 @@ class Index:
         if stream == "records":
             content = record_hash(line)
             holder = self.holder(content)
-            if holder and holder < key:
-                reason = "duplicate"
-            elif holder:
+            if holder:  # of a larger key, or the store would not have taken this line
                 self._base.execute("UPDATE answers SET reason = 'duplicate' WHERE key = ?", (holder,))
         row = (key, stream, *place, asked(line), line["source"], line.get("language", ""), reason, content)
         self._base.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
@@ -172,8 +169,7 @@ def _opened(path: Path, size_of: Callable[[str, int], int]) -> sqlite3.Connectio
 
 
 def _new(path: Path) -> sqlite3.Connection:
-    for suffix in ("", "-wal", "-shm"):  # the file first: SQLite drops a log without one
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # SQLite drops a log whose file is gone
     base = _connected(path)
     base.execute("PRAGMA journal_mode = WAL")
     base.execute("PRAGMA synchronous = OFF")

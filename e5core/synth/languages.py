@@ -64,19 +64,17 @@ class Languages:
 
     def draw(self, unit: float) -> str:
         """Return the language at a point of [0, 1)."""
-        place = bisect.bisect_right(self._bounds, unit * self._bounds[-1])
-        return self.names[min(place, len(self.names) - 1)]
+        return self.names[bisect.bisect_right(self._bounds, unit * self._bounds[-1])]
 
     def draw_other(self, unit: float, taken: str) -> str:
         """Return the language at a point of [0, 1) among all but one.
 
         Raises ValueError where there is no other.
         """
-        others = [(name, share) for name, share in self.shares.items() if name != taken]
+        others = {name: share for name, share in self.shares.items() if name != taken}
         if not others:
             raise ValueError(f"a pair of languages needs two to draw from, got {taken} only; add one to [languages]")
-        bounds = list(itertools.accumulate(share for _, share in others))
-        return others[min(bisect.bisect_right(bounds, unit * bounds[-1]), len(others) - 1)][0]
+        return Languages({}, others).draw(unit)
 
 
 def load_languages(path: Path | None = None, weights: Mapping[str, float] | None = None) -> Languages:

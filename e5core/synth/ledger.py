@@ -65,12 +65,10 @@ class Ledger:
         self.path = path
         self.n_lost = 0  # reservations of earlier processes that were never settled
         self.n_over = 0  # answers that cost more than was reserved: the server ignores the limit that it was given
-        self._budget_money = None if budget.money is None else int(budget.money * TRILLION)
         self._budget = budget
         self._open: dict[tuple[str, int], tuple[str, Charge]] = {}
         self._models: dict[str, list[int]] = {}
-        self._quoted: dict[str, str] = {}
-        self._requests = self._tokens = self._money = 0
+        self._total = [0, 0, 0, 0]
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, self._file)
@@ -95,7 +93,7 @@ class Ledger:
     @property
     def spent(self) -> Spent:
         """All charges, those on the way and those lost at their maximum."""
-        return Spent(*map(sum, zip((0, 0, 0, 0), *self._models.values(), strict=True)))
+        return Spent(*self._total)
 
     def spent_by_model(self) -> dict[str, Spent]:
         """Return the charges of each model."""
@@ -112,8 +110,7 @@ class Ledger:
         if not (key.isascii() and key.isalnum()):
             raise ValueError(f"a request's key must be ASCII letters and digits, got {key!r}")
         self._check_budget(most)
-        quoted = self._quoted.get(model) or self._quoted.setdefault(model, json.dumps(model))
-        self._append(f'{{"reserve":"{key}","attempt":{attempt},"model":{quoted},{_amounts(most)}}}\n')
+        self._append(f'{{"reserve":"{key}","attempt":{attempt},"model":{json.dumps(model)},{_amounts(most)}}}\n')
         self._charge(key, attempt, model, most)
 
     def settle(self, key: str, attempt: int, charge: Charge | None) -> None:
@@ -133,40 +130,33 @@ class Ledger:
         os.close(self._file)
 
     def _check_budget(self, most: Charge) -> None:
-        budget = self._budget
-        if budget.requests is not None and self._requests + 1 > budget.requests:
+        budget, spent = self._budget, self.spent
+        if budget.requests is not None and spent.requests + 1 > budget.requests:
             raise BudgetSpent(f"budget.requests = {budget.requests} is spent")
-        tokens = most.input_tokens + most.output_tokens
-        if budget.tokens is not None and self._tokens + tokens > budget.tokens:
-            raise BudgetSpent(
-                f"budget.tokens = {budget.tokens}: {self._tokens} are charged, the next request may cost {tokens}"
-            )
-        if self._budget_money is not None and self._money + most.money > self._budget_money:
-            charged, next_cost = self._money / TRILLION, most.money / TRILLION
+        charged, tokens = spent.input_tokens + spent.output_tokens, most.input_tokens + most.output_tokens
+        if budget.tokens is not None and charged + tokens > budget.tokens:
+            raise BudgetSpent(f"budget.tokens = {budget.tokens}: {charged} are charged, the next may cost {tokens}")
+        if budget.money is not None and spent.money + most.money > int(budget.money * TRILLION):
+            charged, next_cost = spent.money / TRILLION, most.money / TRILLION
             raise BudgetSpent(
                 f"budget.money = {budget.money}: {charged:.6f} is charged, the next request may cost {next_cost:.6f}"
             )
 
     def _charge(self, key: str, attempt: int, model: str, most: Charge) -> None:
         self._open[key, attempt] = (model, most)
-        sums = self._models.setdefault(model, [0, 0, 0, 0])
-        sums[0] += 1
-        self._requests += 1
-        self._add(sums, most, 1)
+        self._add(model, most, 1)
 
     def _discharge(self, key: str, attempt: int, charge: Charge | None) -> None:
         model, most = self._open.pop((key, attempt))
         if charge is not None:
             self.n_over += charge.money > most.money or sum(charge[:2]) > sum(most[:2])
-            self._add(self._models[model], most, -1)
-            self._add(self._models[model], charge, 1)
+            self._add(model, most, -1)
+            self._add(model, charge, 1)
 
-    def _add(self, sums: list[int], charge: Charge, sign: int) -> None:
-        sums[1] += sign * charge.input_tokens
-        sums[2] += sign * charge.output_tokens
-        sums[3] += sign * charge.money
-        self._tokens += sign * (charge.input_tokens + charge.output_tokens)
-        self._money += sign * charge.money
+    def _add(self, model: str, charge: Charge, sign: int) -> None:
+        for sums in (self._total, self._models.setdefault(model, [0, 0, 0, 0])):
+            for i, amount in enumerate((1, *charge)):
+                sums[i] += sign * amount
 
     def _append(self, line: str) -> None:
         data = line.encode("ascii")
@@ -201,7 +191,7 @@ class Ledger:
         return end
 
     def _replay(self) -> None:
-        """Add up the file's lines; memory holds no more than the attempts that were on the way at once."""
+        """Add up the file's lines; memory holds the attempts that were never settled, and no others."""
         for place, line in _lines(self.path):
             try:
                 entry: dict[str, Any] = json.loads(line)

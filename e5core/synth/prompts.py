@@ -19,11 +19,13 @@ from pydantic import Field
 
 from e5core.config import load_config
 from e5core.records import RESPONSE_KEYS, nearest
+from e5core.synth.corpus import passage_id
 from e5core.synth.languages import Languages
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 TASKS_KEY = "tasks"  # of the object that a brainstorm reply is
 PAIR = "->"  # between the two languages of a bitext record
+NO_PLACEHOLDERS = {"task", "language", "src_lang", "tgt_lang", "target", "wording", "persona", "passage"}
 Text = Annotated[str, Field(min_length=1)]
 Value = str | int | float
 Bounds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=2)]
@@ -79,6 +81,8 @@ class Kind:
             _check_grounding("brainstorm", self.brainstorm.grounding)
             if self.brainstorm.n_examples > len(self.brainstorm.examples):
                 raise ValueError(f"brainstorm.n_examples is more than the {len(self.brainstorm.examples)} examples")
+        if taken := NO_PLACEHOLDERS.intersection(self.placeholders):
+            raise ValueError(f"placeholders.{min(taken)}: this name is filled in by us; take another")
         own = set(self.placeholders) | (set() if self.task else {"task"})
         own |= {"src_lang", "tgt_lang"} if self.kind == "bitext" else {"language"}
         _check_wordings("generate", self.generate.wordings, needed=own, keys=self.response_keys)
@@ -171,9 +175,7 @@ def generate_request(
     if not task.strip() or (kind.task and task != kind.task):
         raise ValueError(f"kind {kind.name} cannot take the task {task!r}; {kind.task or 'a sentence'} is wanted")
     drawn = (seed, kind.name, "generate", index)
-    params: dict[str, Value] = {}
-    for name, values in kind.placeholders.items():
-        params[name] = values[draw_index(len(values), *drawn, name)]
+    params = {name: values[draw_index(len(values), *drawn, name)] for name, values in kind.placeholders.items()}
     language = languages.draw(draw_unit(*drawn, "language"))
     filling: dict[str, Value] = {**params, "task": task, "language": language}
     if kind.kind == "bitext":
@@ -206,7 +208,7 @@ def _messages(
     if passage:
         if not grounding:
             raise ValueError(f"kind {kind} has no grounding text for a passage: add `grounding` with {{passage}} to it")
-        params["passage"] = hashlib.blake2b(passage.encode("utf-8", "replace"), digest_size=8).hexdigest()
+        params["passage"] = passage_id(passage)
         text = f"{text}\n\n{_filled(grounding, {'passage': passage}).strip()}"
     messages.append({"role": "user", "content": text})
     return tuple(messages)

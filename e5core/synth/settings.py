@@ -8,7 +8,7 @@ the budget are in one currency of the reader's choice. Sampling defaults are the
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -22,9 +22,10 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class StoreConfig:
     """The [synth] table."""
 
-    out: Name  # folder of the run: store, task pool, ledger, report
+    out: Name  # folder of the run: store, ledger, report, records.jsonl
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    n_records: Annotated[int, Field(ge=1)]  # accepted records to stop at
+    n_records: Annotated[int, Field(ge=1)]  # accepted records to stop at; may be raised in a later run
+    examples_per_task: Positive = 2.0  # of brainstormed tasks (paper: 319k examples of asymmetric kinds, 150k tasks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +89,20 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RoundTripConfig:
+    """The [checks.round_trip] table: keep a record if an embedding model finds its positive by its query."""
+
+    model: Name  # run folder, Hugging Face folder or .gguf file, as `python -m e5core.encode` takes it
+    top: Annotated[int, Field(ge=1)] = 1  # places among all positives at which the record's own must be
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChecksConfig:
     """The [checks] table."""
 
     near_duplicates: bool = False  # also drop records that nearly repeat another one's text
     scripts: bool = True  # drop texts in another script than their language's
+    round_trip: RoundTripConfig | None = None  # None: no such filter, as in the paper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +112,24 @@ class KindConfig:
     name: Name  # of a file NAME.toml
     folder: str | None = None  # that holds the file; None, or where it does not: e5core/synth/kinds
     share: Positive = 1.0  # of the records, relative to the other kinds'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """The [corpus] table: the user's own documents, of which a passage goes into the prompts."""
+
+    path: Name  # folder of .txt, .md and .jsonl files ({"title", "text"}, as in a BEIR corpus)
+    words: Annotated[int, Field(ge=10)] = 200  # of a passage at most
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the requests that get a passage
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the passages: their records make OUT/held_out, a test set
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PersonaConfig:
+    """The [persona] table: who the model is to be."""
+
+    path: Name  # text file, a persona a line: "a nurse in a mountain village"
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the requests that get one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +143,9 @@ class SynthConfig:
     checks: ChecksConfig = ChecksConfig()
     kinds: Annotated[tuple[KindConfig, ...], Field(min_length=1)]
     languages: dict[str, Positive] = field(default_factory=dict)  # name to weight; empty: XLM-R's list, paper's weights
+    corpus: CorpusConfig | None = None
+    persona: PersonaConfig | None = None
+    training: dict[str, Any] = field(default_factory=dict)  # a config of e5core.train, finished into OUT/train.toml
 
     def __post_init__(self) -> None:
         for table, names in (("models", [m.name for m in self.models]), ("kinds", [k.name for k in self.kinds])):

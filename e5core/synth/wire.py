@@ -3,8 +3,12 @@
 Nothing here sends anything. Addresses: OpenAI's and every server that speaks like it (base_url + "/chat/completions",
 Authorization: Bearer), and Azure OpenAI's (deployment path, api-version, api-key header).
 
-What an answer means: text, or an error by a reason code (the keys of `AGAIN`, "http_NNN", "quota", "content_filter",
-"truncated", "no_text", "too_large"), whether asking again can help, and the tokens that it is known to have cost.
+What an answer means: text, or an error by a reason code, whether asking again can help, and the tokens that it is known
+to have cost. Reason codes of this room and the client:
+
+    worth asking again   rate_limited (429), timeout, connection (refused, reset or closed before the answer's end),
+                         http_NNN of TRY_LATER and 5xx; of 200: not_json, error_body, no_choice
+    final                quota, content_filter, truncated, no_text, too_large, any other http_NNN
 """
 
 import json
@@ -17,14 +21,6 @@ from typing import Any, NamedTuple
 from e5core.synth.settings import ModelConfig
 
 HIDDEN_TOKENS = 256  # allowed for what a server's chat template adds (system prompts of today's models: under 100)
-AGAIN = {  # reasons that may be gone at the next attempt
-    "rate_limited": "429",
-    "timeout": "no whole answer within limits.timeout_s",
-    "connection": "refused, reset or closed before the answer's end",
-    "not_json": "200, but its body is no JSON object",
-    "error_body": "200, but its body is an error",
-    "no_choice": "200 without a choice",
-}
 NEVER_RUN = (400, 401, 402, 403, 404, 405, 413, 415, 422, 429)  # refused at the door, so nothing was billed
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every request
 TRY_LATER = (408, 409, 425)  # and 5xx
@@ -172,6 +168,6 @@ def _usage_of(fields: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _words(message: object, data: bytes) -> str:
-    """The server's message, or the start of its body, on one line."""
-    text = message if isinstance(message, str) else data[:300].decode("utf-8", "replace")
+    """The server's message, or its whole body, on one line; to be cut once keys are struck out."""
+    text = message if isinstance(message, str) else data.decode("utf-8", "replace")
     return " ".join(text.split())

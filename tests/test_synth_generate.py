@@ -184,7 +184,7 @@ def test_killed_twice_among_faults_the_records_are_an_undisturbed_runs(tmp_path:
 
 @pytest.mark.slow
 def test_killed_ten_times_in_ten_thousand_requests_the_records_are_an_undisturbed_runs(tmp_path: Path) -> None:
-    assert_kills_change_nothing(tmp_path, 6000, 10)
+    assert_kills_change_nothing(tmp_path, 9600, 10)
     assert sum(1 for _ in answered(tmp_path / "killed" / "out")) >= 10_000
 
 

@@ -20,18 +20,16 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
-from multidict import CIMultiDict
-from yarl import URL
 
 from e5core.synth.ledger import BudgetSpent, Charge, Ledger, price
 from e5core.synth.prompts import draw_unit
 from e5core.synth.settings import LimitsConfig, ModelConfig
-from e5core.synth.wire import Answer, body, most_input_tokens, read_answer, route
+from e5core.synth.wire import Answer, Route, body, most_input_tokens, read_answer, route
 
 LARGEST_ANSWER_BYTES = 1 << 24
 SECRET_LENGTH = 16  # shorter keys are place-holders of local servers ("none"), which may well occur in a text
@@ -114,9 +112,7 @@ class _Line:
     """A model and what its requests need at hand."""
 
     config: ModelConfig
-    url: URL
-    headers: CIMultiDict[str] = field(repr=False)
-    model_in_body: bool
+    route: Route
     requests: Pace
     tokens: Pace
 
@@ -142,10 +138,8 @@ class Client:
         keys = {model.name: _read_key(model) for model in self._models}
         self._secrets = tuple({key for key in keys.values() if len(key) >= SECRET_LENGTH})
         for model in self._models:
-            way = route(model, keys[model.name])
             paces = Pace(self._limits.requests_per_minute), Pace(self._limits.tokens_per_minute)
-            url = URL(way.url, encoded=True)
-            self._lines[model.name] = _Line(model, url, CIMultiDict(way.headers), way.model_in_body, *paces)
+            self._lines[model.name] = _Line(model, route(model, keys[model.name]), *paces)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),  # the slots bound it
             timeout=aiohttp.ClientTimeout(total=self._limits.timeout_s),
@@ -167,7 +161,7 @@ class Client:
         """
         line = self._lines[request.model]
         most_out = request.max_output_tokens or line.config.max_output_tokens
-        data = body(line.config, request.messages, request.schema, most_out, with_model=line.model_in_body)
+        data = body(line.config, request.messages, request.schema, most_out, with_model=line.route.model_in_body)
         most = price(line.config, most_input_tokens(len(data)), most_out)
         attempt = 1
         while True:
@@ -236,11 +230,15 @@ class Client:
         return answer
 
     async def _send(self, line: _Line, name: str, data: bytes) -> Answer:
-        headers = line.headers.copy()
-        headers["X-Client-Request-Id"] = name  # by which a provider's log can be held against the ledger
+        headers = {
+            **line.route.headers,
+            "X-Client-Request-Id": name,
+        }  # by which a provider's log can be held against the ledger
         try:
             # A redirect would carry the key to another address.
-            async with self._session.post(line.url, data=data, headers=headers, allow_redirects=False) as response:
+            async with self._session.post(
+                line.route.url, data=data, headers=headers, allow_redirects=False
+            ) as response:
                 received = bytearray()
                 async for chunk in response.content.iter_any():
                     received += chunk

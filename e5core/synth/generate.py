@@ -68,10 +68,10 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.n_unanswered: Counter[str] = Counter()  # requests given up for now, by reason
         self._n_silent = 0  # of them, since the last answer
-        self._state = self._begin()
         with contextlib.ExitStack() as opened:
             self.ledger = opened.enter_context(Ledger(self.out / "ledger.jsonl", config.budget))
             self.store = opened.enter_context(Store(self.out))
+            self._state = self._begin()
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
@@ -221,9 +221,9 @@ class Run:
         return n_tasks
 
     def _begin(self) -> dict:
-        """Read plan.json and refuse another config, or write it."""
+        """Read plan.json and refuse another config; write it where nothing was sent yet."""
         path, digests = self.out / "plan.json", self.plan.digests()
-        if path.is_file():
+        if path.is_file() and self.ledger.spent.requests:
             state = read_json(path)
             changed = [key for key, digest in digests.items() if state["digests"].get(key) != digest]
             if changed:

@@ -79,6 +79,16 @@ def write_config(config: Any, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def existing(path: Path, dotted: str) -> Path:
     """Check that the file or folder named by a config key is there.
 

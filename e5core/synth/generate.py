@@ -15,7 +15,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Self
 
 import numpy as np
 
-from e5core.config import read_json
+from e5core.config import read_json, write_whole
 from e5core.records import Record, record_of
 from e5core.synth.checks import check_record, check_tasks
 from e5core.synth.client import Client, Reply
@@ -237,10 +236,7 @@ class Run:
         return self._state
 
     def _save(self) -> None:
-        path = self.out / "plan.json"
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self._state, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(self.out / "plan.json", json.dumps(self._state, indent=2) + "\n")
 
 
 async def records(config: SynthConfig) -> AsyncIterator[Record]:

@@ -6,12 +6,12 @@ round trip, of held-out passages, and near-duplicates.
 """
 
 import copy
-import os
 from collections import Counter
 from pathlib import Path
 
 import tomli_w
 
+from e5core.config import write_whole
 from e5core.synth.corpus import is_held_out, write_held_out
 from e5core.synth.generate import Run
 from e5core.synth.round_trip import failing
@@ -57,9 +57,7 @@ def write_training(config: SynthConfig) -> Path | None:
     if config.corpus is not None and config.corpus.held_out:
         training.setdefault("eval", {}).setdefault("report", [{"kind": "retrieval", "path": str(out / "held_out")}])
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / "train.toml.tmp"
-    temporary.write_text(tomli_w.dumps(training), encoding="utf-8")
-    os.replace(temporary, out / "train.toml")
+    write_whole(out / "train.toml", tomli_w.dumps(training))
     return out / "train.toml"
 
 

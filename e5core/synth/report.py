@@ -4,7 +4,6 @@ Diversity and lengths are of the first SAMPLE records by key, which is a random 
 """
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from e5core.config import write_whole
 from e5core.records import parse_object, read_lines
 from e5core.synth.checks import count_words, spoken_in
 from e5core.synth.generate import Run
@@ -58,9 +58,7 @@ def make_report(run: Run, n_written: int, left_out: Mapping[str, int]) -> dict[s
 
 def write_report(report: Mapping[str, Any], out: Path) -> None:
     """Write OUT/report.json, whole or not at all."""
-    temporary = out / "report.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "report.json")
+    write_whole(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def show_report(report: Mapping[str, Any], console: Console) -> None:

@@ -204,5 +204,5 @@ def _locked(folder: Path) -> int:
 
 
 def _encoded(line: dict[str, object]) -> bytes:
-    # Half a surrogate pair of a rejected reply becomes \udXXX, which is how JSON spells it
+    # Half a surrogate pair of a rejected reply becomes an escape, which is how JSON spells it
     return json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -1,4 +1,5 @@
-"""Time the training step and encoding on real records: python -m bench.train_step --model MODEL [--batch 16] [--peer].
+"""Time the training step and encoding on real records: python -m bench.train_step --model MODEL [--batch 16]
+[--peer | --recompute].
 
 Floor: the frozen GEMMs alone, 2 FLOPs a weight and token forward and as many for dx (no dW), at the device's matrix
 peak (bench/roofline.py: measured on a CPU, the data sheet's on a GPU). A two-pass step computes the forward of all but
@@ -7,6 +8,10 @@ its fullest micro-batch twice.
 --peer times the whole step (forward, loss, backward, clip, update) against transformers + PEFT (bench/peer.py). Every
 turn is a process of its own, one at a time, so that its peak memory is its own. The first round tries all of the peer's
 variants, later ones only those that came close to its best.
+
+--recompute times the whole step in one pass under each recompute policy, and in micro-batches that keep everything, in
+turns of the same kind; ratios are to one pass that keeps everything. With --batch 64 --memory-gib 18 that one may not
+fit, which its row then says.
 """
 
 import argparse
@@ -16,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +36,7 @@ from e5core.lora import LoraConfig
 from e5core.loss import InfoNCE, LossConfig
 from e5core.mixture import load_mixture
 from e5core.optim import AdamW, OptimConfig
+from e5core.recompute import Policy
 from e5core.run import Config
 from e5core.tokenizer import Tokenizer
 from e5core.train import backward_step
@@ -49,7 +55,7 @@ class Precision(StrEnum):
 
 
 def main() -> None:
-    """Measure encode, the single-pass step and the two-pass step; with --peer, the contest."""
+    """Measure encode, the single-pass step and the two-pass step; with --peer or --recompute, the contest."""
     arguments = _parser().parse_args()
     device = chosen_device(arguments.device)
     if arguments.turn is not None:
@@ -60,6 +66,8 @@ def main() -> None:
     out = arguments.out or Path(f"bench/results/{device_name(device)}.jsonl")
     if arguments.peer:
         _contest(arguments, dtype, device, out)
+    elif arguments.recompute:
+        _policies(arguments, dtype, device, out)
     else:
         _own_modes(arguments, dtype, device, out)
 
@@ -133,11 +141,12 @@ def _embed(model: EmbeddingModel, batch: MicroBatch) -> torch.Tensor:
 
 
 def _own_turn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Time our whole step in this process, in micro-batches of --turn tokens, or for 0 in one pass."""
+    """Time our whole step in this process, in micro-batches of --turn tokens, or for 0 in one pass, by --policy."""
     limit_memory(arguments.memory_gib)
     batch, (dtype, _) = real_batch(arguments), choose_dtype(arguments.dtype, device)
-    lora = LoraConfig(dropout=arguments.dropout)
-    model = build_model(resolve_model(arguments.model), dtype, device, causal=True, lora=lora, seed=0)
+    lora, policy = LoraConfig(dropout=arguments.dropout), arguments.policy
+    path = resolve_model(arguments.model)
+    model = build_model(path, dtype, device, causal=True, lora=lora, seed=0, recompute=policy)
     optim = OptimConfig()
     optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad}, optim)
 
@@ -155,9 +164,8 @@ def _contest(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.de
 
     Raises RuntimeError where both compute in fp32 and their first losses differ: then they did not do the same work.
     """
-    arguments.dtype, arguments.device = str(dtype).removeprefix("torch."), device.type  # settled once, for all turns
+    own = _own_command(arguments, dtype, device)
     path, flags = resolve_model(arguments.model), _flags(arguments)
-    own = ["bench.train_step", "--dtype", arguments.dtype, *flags]
     budget = str(arguments.micro_batch_tokens)
     budgets = (("one pass", "0"), (f"{budget}-token micro-batches", budget))
     ours = [Contender(f"ours {arguments.dtype}, {name}", [*own, "--turn", size]) for name, size in budgets]
@@ -180,17 +188,36 @@ def _contest(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.de
         ]
         compete(ours, peers, arguments.rounds, arguments.deadline)
     tried = [peer for family in peers for peer in family if peer.turns or peer.failed]
-    _record_contest(arguments, ours, tried, device, out)
+    _record_contest("train_step_peer", arguments, ours, tried, device, out)
+
+
+def _policies(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device, out: Path) -> None:
+    """Let the policies take turns, and the two-pass step; record a row each, then all over what keeps everything."""
+    own, budget = _own_command(arguments, dtype, device), str(arguments.micro_batch_tokens)
+    ways = [(f"one pass, recompute {policy}", "0", policy) for policy in get_args(Policy)]
+    ways.append((f"{budget}-token micro-batches", budget, "none"))
+    keeping, *others = [
+        Contender(f"ours {arguments.dtype}, {name}", [*own, "--turn", size, "--policy", policy])
+        for name, size, policy in ways
+    ]
+    compete(others, [[keeping]], arguments.rounds, arguments.deadline)
+    _record_contest("train_step_recompute", arguments, others, [keeping], device, out)
+
+
+def _own_command(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> list[str]:
+    arguments.dtype, arguments.device = str(dtype).removeprefix("torch."), device.type  # settled once, for all turns
+    return ["bench.train_step", "--dtype", arguments.dtype, *_flags(arguments)]
 
 
 def _record_contest(
+    bench: str,
     arguments: argparse.Namespace,
     ours: Sequence[Contender],
     peers: Sequence[Contender],
     device: torch.device,
     out: Path,
 ) -> None:
-    shared = {"bench": "train_step_peer", "model": resolve_model(arguments.model).name, "batch": arguments.batch}
+    shared = {"bench": bench, "model": resolve_model(arguments.model).name, "batch": arguments.batch}
     shared |= {"max_tokens": arguments.max_tokens, "dropout": arguments.dropout}
     for contender in (*ours, *peers):
         row = shared | {"mode": contender.name, "failed": contender.failed}
@@ -231,11 +258,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
     parser.add_argument("--out", type=Path, help="JSON-lines file to append to (default: bench/results/DEVICE.jsonl)")
     parser.add_argument("--peer", action="store_true", help="time the whole step against transformers + PEFT")
-    parser.add_argument("--rounds", type=int, default=3, help="of turns, with --peer")
+    parser.add_argument("--recompute", action="store_true", help="time the whole step under each recompute policy")
+    parser.add_argument("--rounds", type=int, default=3, help="of turns, with --peer or --recompute")
     parser.add_argument("--deadline", type=float, default=900.0, help="seconds that a turn may take")
     parser.add_argument("--precisions", nargs="+", choices=list(Precision), default=list(Precision), help="the peer's")
     parser.add_argument("--forwards", nargs="+", choices=FORWARDS, default=list(FORWARDS), help="the peer's")
     parser.add_argument("--turn", type=int, metavar="TOKENS", help=argparse.SUPPRESS)  # one turn of ours
+    parser.add_argument("--policy", choices=get_args(Policy), default="none", help=argparse.SUPPRESS)  # of that turn
     return parser
 
 

@@ -11,6 +11,7 @@ and the two rotary halves lie as in Hugging Face's files, so nothing is permuted
 activations in the weights' dtype; norms, their weights and rotary angles in max(fp32, that dtype); no autocast.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -139,7 +140,11 @@ class FeedForward(nn.Module):
         self.gated = _GATED[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_down(self.gated(self.w_gate(x), self.w_up(x)))
+        return self.w_down(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return (T, F), what w_down projects back."""
+        return self.gated(self.w_gate(x), self.w_up(x))
 
 
 class Block(nn.Module):
@@ -152,9 +157,21 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.ffn_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
+        self.run: Callable[[Block, Tensor, Rotary, Layout], Tensor] = Block.compute  # or what recompute.py puts here
 
     def forward(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
-        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, layout))
+        return self.run(self, x, rotary, layout)
+
+    def compute(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
+        """Do both halves, everything that their gradients need being kept."""
+        return self.feed(self.attend(x, rotary, layout))
+
+    def attend(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
+        """Do the first half, x + attention."""
+        return x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, layout))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """Do the second half, x + feed-forward."""
         return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
 

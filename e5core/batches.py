@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from e5core.recompute import Policy
 from e5core.records import Record, document_text, query_text
 from e5core.tokenizer import Tokenizer
 from e5kernels.infonce import Relations
@@ -36,6 +37,7 @@ class BatchConfig:
     max_tokens: Annotated[int, Field(ge=3)] = 512  # of every text, BOS and EOS included (paper, appendix A)
     negatives: Annotated[int, Field(ge=0, le=15)] = 1  # hard negatives per query, at most (paper: 1)
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 8192  # tokens whose activations are in memory at once
+    recompute: Policy = "none"  # activations that a step computes twice instead of keeping them
     instruct_documents: tuple[Literal["sts", "bitext", "plain"], ...] = ()  # symmetric kinds with it on documents too
 
 

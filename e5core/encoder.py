@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from e5core.backbone import Backbone, BackboneConfig, positions_of
 from e5core.batches import MicroBatch
-from e5core.lora import LoraConfig, apply_lora, init_lora
+from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora
+from e5core.recompute import Policy, apply_recompute
 from e5core.weights import load_weights, read_config
 from e5kernels.last_token import last_token
 
@@ -35,10 +36,11 @@ class BackboneSource:
 class EmbeddingModel(nn.Module):
     """Packed tokens to unit vectors."""
 
-    def __init__(self, config: BackboneConfig, lora: LoraConfig | None) -> None:
+    def __init__(self, config: BackboneConfig, lora: LoraConfig | None, recompute: Policy = "none") -> None:
         super().__init__()
         self.backbone = Backbone(config)
         self.token_keys = None if lora is None else apply_lora(self.backbone, lora)
+        apply_recompute(self.backbone, recompute, self.token_keys or TokenKeys())
 
     def forward(self, batch: MicroBatch, dropout: tuple[int, int] | None = None, normalize: bool = True) -> Tensor:
         """Embed a micro-batch.
@@ -61,7 +63,14 @@ class EmbeddingModel(nn.Module):
 
 
 def build_model(
-    path: Path, dtype: torch.dtype, device: torch.device, *, causal: bool, lora: LoraConfig | None, seed: int
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    causal: bool,
+    lora: LoraConfig | None,
+    seed: int,
+    recompute: Policy = "none",
 ) -> EmbeddingModel:
     """Load a backbone from its files and put fresh adapters on it (none for lora=None).
 
@@ -69,7 +78,7 @@ def build_model(
     """
     config = read_config(path, causal=causal)
     with torch.device("meta"):
-        model = EmbeddingModel(config, lora)
+        model = EmbeddingModel(config, lora, recompute)
     load_weights(model.backbone, path, dtype, device)
     init_lora(model.backbone, seed, torch.promote_types(dtype, torch.float32), device)
     return model

@@ -12,6 +12,7 @@ does the backward pass (e5kernels/dropout.py; p is rounded to a multiple of 1/25
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -63,6 +64,16 @@ class TokenKeys:
         """Drop nothing until the next `set`."""
         self.keys = None
 
+    @contextmanager
+    def replaced(self, keys: Tensor | None, step_key: int) -> Iterator[None]:
+        """Draw by these keys, an earlier forward pass's, for the length of a with block."""
+        current = self.keys, self.step_key
+        self.keys, self.step_key = keys, step_key
+        try:
+            yield
+        finally:
+            self.keys, self.step_key = current
+
 
 class LoraLinear(nn.Module):
     """A frozen linear and its adapter.
@@ -81,21 +92,25 @@ class LoraLinear(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(config.rank, linear.in_features))
         self.lora_b = nn.Parameter(torch.empty(linear.out_features, config.rank))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, is_read: bool = True) -> Tensor:
+        """Return y (T, out); where it is not read, zeros in its place, through which all gradients flow as ever."""
         keys = self.token_keys.keys if self.drop_below else None
         stream = signed(mix(self.token_keys.step_key + self.number))  # torch's profiler takes no larger integers
         return _LoraFunction.apply(
-            x, self.weight, self.bias, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below
+            x, self.weight, self.bias, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below, is_read
         )
 
 
 class _LoraFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, keys, stream, drop_below):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, keys, stream, drop_below, is_read):  # noqa: ANN001, ANN205
         dropped = x if keys is None else keyed_dropout(x, keys, stream, drop_below)
         z = dropped @ lora_a.to(x.dtype).T  # (T, R)
-        y = F.linear(x, weight, bias)  # (T, out)
-        y.addmm_(z, lora_b.to(x.dtype).T, alpha=scale)
+        if is_read:
+            y = F.linear(x, weight, bias)  # (T, out)
+            y.addmm_(z, lora_b.to(x.dtype).T, alpha=scale)
+        else:
+            y = x.new_zeros(()).expand(x.shape[0], weight.shape[0])
         ctx.save_for_backward(x, z, weight, lora_a, lora_b, keys)
         ctx.scale, ctx.stream, ctx.drop_below = scale, stream, drop_below
         return y
@@ -114,7 +129,7 @@ class _LoraFunction(torch.autograd.Function):
                 dx.addmm_(dz, lora_a.to(g.dtype))
             else:
                 dx.add_(keyed_dropout(dz @ lora_a.to(g.dtype), *drop))
-        return dx, None, None, da, db, None, None, None, None
+        return dx, None, None, da, db, None, None, None, None, None
 
 
 def apply_lora(backbone: Backbone, config: LoraConfig) -> TokenKeys:

@@ -25,6 +25,8 @@ from e5core.testsets import EvalSet, read_sets
 from e5core.tokenizer import TokenizerConfig
 from e5core.weights import read_config, resolve_model
 
+FREE_AT_RESUME = {("backbone", "dtype"), ("batch", "recompute")}  # dtype is checked apart; recompute moves no bit
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -137,9 +139,7 @@ def _check_same(stored: Config, config: Config, run: Path) -> None:
     def comparable(value: Config) -> dict:
         free = {"run": "", "resume": False, "overwrite": False, "save_every": 0, "keep": 1, "log_every": 1}
         tables = asdict(replace(value, train=replace(value.train, **free), eval=EvalConfig()))
-        return {
-            f"{t}.{k}": v for t, table in tables.items() for k, v in table.items() if (t, k) != ("backbone", "dtype")
-        }
+        return {f"{t}.{k}": v for t, table in tables.items() for k, v in table.items() if (t, k) not in FREE_AT_RESUME}
 
     old, new = comparable(stored), comparable(config)
     changed = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in old if old[key] != new[key]]

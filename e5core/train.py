@@ -59,7 +59,8 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     config = resolve_dtype(config, run, device)
     dtype, _ = choose_dtype(config.backbone.dtype, device)
     lora, causal, seed = config.lora, config.backbone.causal, config.train.seed
-    model = build_model(model_path, dtype, device, causal=causal, lora=lora, seed=seed)
+    recompute = config.batch.recompute
+    model = build_model(model_path, dtype, device, causal=causal, lora=lora, seed=seed, recompute=recompute)
     encoder = Encoder(model, Tokenizer.load(model_path, config.tokenizer), device, config.eval.max_tokens)
     resume_step = make_folder(run, config)
     _show_start(config, mixture, encoder.tokenizer)

@@ -1,9 +1,10 @@
 """From records to packed token batches: template, tokenise, relate, pack.
 
-A GlobalBatch is one optimisation step: the token ids of all its texts (rows: the queries, then the candidates; each
-query's candidates are its positive and its hard negatives) and the relations between them. A MicroBatch is a packed
-piece of it: whole sequences one after another, no padding, boundaries by cu_seqlens. Texts that are only encoded may
-share their prefix, an instruction mostly: it is packed once, and every token of it is computed once.
+A GlobalBatch is one optimisation step: its texts (rows: the queries, then the candidates; each query's candidates are
+its positive and its hard negatives), of which each rank has the token ids of its share, whole examples, and the
+relations between them. A MicroBatch is a packed piece of it: whole sequences one after another, no padding, boundaries
+by cu_seqlens. Texts that are only encoded may share their prefix, an instruction mostly: it is packed once, and every
+token of it is computed once.
 
 The template is the paper's (arXiv 2401.00368, eq. 1): `Instruct: {task}\\nQuery: {query}` on the query's side,
 documents bare, except for the kinds that the config names (symmetric tasks). The tokenizer ends every text with EOS,
@@ -11,6 +12,7 @@ whose hidden state is the embedding.
 """
 
 import hashlib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -21,11 +23,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from e5core.distributed import ALONE, World
 from e5core.recompute import Policy
 from e5core.records import Record, document_text, query_text
 from e5core.tokenizer import Tokenizer
 from e5kernels.infonce import Relations
 
+CHARACTERS = 4  # of a token, about: what a rank is dealt is told before anything is tokenised
 LEAST_SAVED = 1 / 16  # of a micro-batch's tokens; k and v of a shared prefix are copied to every text, layer by layer
 
 
@@ -58,24 +62,28 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """The texts of one step and what they are to one another.
+    """The texts of one step, as one rank has them, and what they are to one another.
 
-    sequences: token ids by row; rows 0..Q-1 are the queries, row Q + j is candidate j.  relations: CPU tensors.
+    In the whole batch rows 0..Q-1 are the queries and row Q + j is candidate j; a rank has a query with its candidates.
+    sequences: token ids of this rank's rows.  rows: their numbers, rising.  relations: CPU tensors, of this rank's
+    queries to all candidates.  candidates: the numbers of each rank's candidates, rising.
     """
 
     sequences: list[list[int]]
+    rows: list[int]
     relations: Relations
+    candidates: list[list[int]]
     record_ids: list[str]
     n_truncated: int
 
     @property
     def n_queries(self) -> int:
-        """Q, the number of queries."""
+        """Q, the number of queries of all ranks."""
         return len(self.record_ids)
 
     @property
     def n_tokens(self) -> int:
-        """Number of real tokens."""
+        """Number of this rank's real tokens."""
         return sum(map(len, self.sequences))
 
 
@@ -85,12 +93,17 @@ def text_hash(text: str) -> int:
 
 
 def build_batch(
-    records: Sequence[Record], tokenizer: Tokenizer, config: BatchConfig, seed: int, step: int
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    config: BatchConfig,
+    seed: int,
+    step: int,
+    world: World = ALONE,
 ) -> GlobalBatch:
-    """Turn the records of one step into a GlobalBatch.
+    """Turn the records of one step into a GlobalBatch, of which this rank tokenises its own share.
 
-    A record with several positives gives one of them, drawn by (seed, step, place in the batch); the others are no
-    negatives for it. Of more hard negatives than the config asks for, the first are taken.
+    Every rank needs a record. One with several positives gives one of them, drawn by (seed, step, place in the batch);
+    the others are no negatives for it. Of more hard negatives than the config asks for, the first are taken.
     """
     texts: list[str] = [query_text(record.task, record.query) for record in records]
     target, owner, hashes = [], [], []
@@ -101,18 +114,51 @@ def build_batch(
             texts.append(query_text(record.task, text) if instructed else document_text(text))
             owner.append(i)
             hashes.append(text_hash(text))
-    sequences, n_truncated = tokenizer.encode_batch(texts, config.max_tokens)
-    in_batch = torch.tensor([record.in_batch for record in records])
+    queries, candidates = _deal_examples(texts, owner, CHARACTERS * config.max_tokens, world.world_size)
+    own, in_batch = torch.tensor(queries[world.rank]), torch.tensor([record.in_batch for record in records])
     relations = Relations(
-        target=torch.tensor(target),
-        query_ids=torch.arange(len(records)),
+        target=torch.tensor(target)[own],
+        query_ids=own,
         owner=torch.tensor(owner),
-        banned=_banned(records),
+        banned=_banned(records)[own],
         candidate_hashes=torch.tensor(hashes),
-        query_open=in_batch,
+        query_open=in_batch[own],
         candidate_open=in_batch[torch.tensor(owner)],
     )
-    return GlobalBatch(sequences, relations, [record.id for record in records], n_truncated)
+    rows = [*queries[world.rank], *(len(records) + j for j in candidates[world.rank])]
+    sequences, n_truncated = tokenizer.encode_batch([texts[row] for row in rows], config.max_tokens)
+    return GlobalBatch(sequences, rows, relations, candidates, [record.id for record in records], n_truncated)
+
+
+def deal(sizes: Sequence[int], world_size: int) -> list[list[int]]:
+    """Deal items to ranks, the largest first, each to the rank that has least; none goes empty where that is possible.
+
+    sizes: what each item costs, in characters, so that nobody need tokenise what is another's.
+    Returns the items of each rank, rising.
+    """
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
+    least = [(0, rank) for rank in range(world_size)]  # a heap; of equal ranks the lowest comes first
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        load, rank = least[0]
+        heapq.heapreplace(least, (load + sizes[item] + 1, rank))  # 1: an empty text is work too
+        ranks[rank].append(item)
+    return [sorted(items) for items in ranks]
+
+
+def _deal_examples(
+    texts: Sequence[str], owner: Sequence[int], limit: int, world_size: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Deal the queries with their candidates.  Returns for each rank its queries, and its candidates, rising."""
+    n_queries = len(texts) - len(owner)
+    sizes = [0] * n_queries
+    for i, text in zip([*range(n_queries), *owner], texts, strict=True):
+        sizes[i] += min(len(text), limit)
+    queries = deal(sizes, world_size)
+    rank_of = {i: rank for rank, own in enumerate(queries) for i in own}
+    candidates: list[list[int]] = [[] for _ in queries]
+    for j, i in enumerate(owner):
+        candidates[rank_of[i]].append(j)
+    return queries, candidates
 
 
 def chosen_positive(record: Record, seed: int, step: int, place: int) -> str:
@@ -131,11 +177,16 @@ def _banned(records: Sequence[Record]) -> Tensor:
 
 
 def pack(
-    sequences: Sequence[list[int]], budget: int, device: torch.device, share_prefix: bool = False
+    sequences: Sequence[list[int]],
+    budget: int,
+    device: torch.device,
+    share_prefix: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> list[MicroBatch]:
     """Deal sequences into micro-batches of at most `budget` tokens (first fit, longest first).
 
     A sequence longer than the budget is a micro-batch of its own. Every row occurs exactly once.
+    numbers: the rows of the sequences in the batch, rising; None: these are all.
     share_prefix: pack what all sequences of a micro-batch begin with once, where that saves enough. The budget counts
     it in each of them, since each has keys of its own to attend to.
     """
@@ -148,7 +199,11 @@ def pack(
         else:
             bins[fit][0] += length
             bins[fit][1].append(row)
-    return [_packed([sequences[row] for row in sorted(rows)], sorted(rows), device, share_prefix) for _, rows in bins]
+    numbers = range(len(sequences)) if numbers is None else numbers
+    return [
+        _packed([sequences[i] for i in sorted(rows)], [numbers[i] for i in sorted(rows)], device, share_prefix)
+        for _, rows in bins
+    ]
 
 
 def _packed(sequences: list[list[int]], rows: list[int], device: torch.device, share_prefix: bool) -> MicroBatch:

@@ -1,15 +1,25 @@
-"""Ranks: which process this is, which device it owns, and the one line of log that a run prints.
+"""Ranks: which process this is, which device it owns, what the ranks tell one another, and the lines that a run prints.
 
-The only file that reads RANK, WORLD_SIZE and LOCAL_RANK (set by torchrun; without it the process is rank 0 of 1) and
-the only one that logs (evaluate prints its table, which is its result, to stdout). This version trains on one process;
-more are refused by name, never half-run.
+The only file that reads RANK, WORLD_SIZE and LOCAL_RANK (set by torchrun; without it the process is rank 0 of 1), that
+starts the process group (NCCL between GPUs, gloo between CPUs) and that logs (evaluate prints its table, which is its
+result, to stdout). Every rank must call the same collectives in the same order; a world of one has no group, and its
+collectives return at once.
+
+Gradients go through `gather_rows` and `sum_over_ranks` as if all ranks were one process: each computes a part of one
+loss from all rows, and what it sends back to another's row is added up there. So the gradient's scale and direction
+are the same for any number of ranks.
 """
 
+import json
 import os
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,20 +36,161 @@ class World:
         return self.rank == 0
 
 
-def start() -> World:
-    """Find this process's place in the job and its device: cuda:LOCAL_RANK where CUDA is available, else the CPU.
+ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))  # for what has no device to find
 
-    Raises ValueError for more than one process, a variable that is no number, or a LOCAL_RANK without its own GPU.
+
+def start() -> World:
+    """Join the job: find this process's place, its device, and the other ranks; a second call finds the same.
+
+    Raises ValueError for a variable that is no number or is missing, or a LOCAL_RANK without its own GPU.
     """
-    rank, world_size, local_rank = _variable("RANK", 0), _variable("WORLD_SIZE", 1), _variable("LOCAL_RANK", 0)
-    if world_size != 1:
+    rank, world_size, device = _variable("RANK", 0), _variable("WORLD_SIZE", 1), _device()
+    if not 0 <= rank < world_size:
         raise ValueError(
-            f"this version trains on one process: got WORLD_SIZE={world_size}; run torchrun --nproc-per-node 1"
+            f"RANK must be in 0..{world_size - 1}, for WORLD_SIZE={world_size}: got RANK={rank}; start it with torchrun"
         )
-    if rank != 0:
-        raise ValueError(f"the rank of a single process must be 0: got RANK={rank}; start it with torchrun")
+    if world_size > 1 and not dist.is_initialized():
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ValueError(f"got WORLD_SIZE={world_size} but no {missing[0]}: start the job with torchrun")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", rank=rank, world_size=world_size, device_id=device)
+        else:
+            dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    return World(rank=rank, world_size=world_size, device=device)
+
+
+def alone() -> World:
+    """Return this process as a world of its own on its device, also where it is one of many.  Raises as `start`."""
+    return World(rank=0, world_size=1, device=_device())
+
+
+def finish() -> None:
+    """Leave the job, at the end of a command that succeeded.
+
+    One that failed must not: the others wait in a collective, and it would wait for them. It exits, and torchrun ends
+    the others.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(value: Any, world: World) -> list[Any]:
+    """Tell all ranks a JSON value.  Returns every rank's, by rank; a world of one gets its own as it is."""
+    if world.world_size == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
+    lengths = _all_gather(torch.tensor([len(text)], device=world.device), world).flatten().tolist()
+    padded = text.new_zeros(max(lengths))
+    padded[: len(text)] = text
+    texts = _all_gather(padded, world).cpu().numpy()
+    return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
+
+
+def check_same(values: Mapping[str, Any], world: World) -> None:
+    """Compare named JSON values over the ranks.  Raises ValueError on every rank where one has others than rank 0."""
+    first, *others = share(dict(values), world)
+    for rank, theirs in enumerate(others, start=1):
+        different = [name for name in first if theirs.get(name) != first[name]]
+        if different:
+            listed = "; ".join(f"{name} is {theirs.get(name)!r}, not {first[name]!r}" for name in different[:3])
+            raise ValueError(
+                f"rank {rank} began with another configuration than rank 0: {listed}; give all ranks the same files "
+                "and arguments"
+            )
+
+
+def sum_over_ranks(term: Tensor, world: World) -> Tensor:
+    """Add up a tensor over the ranks.  term: the same shape on each.
+
+    Returns the sum, on every rank; its gradient goes to this rank's term unchanged, for all ranks hold one sum.
+    """
+    return term if world.world_size == 1 else _Sum.apply(term)
+
+
+def gather_rows(rows: Tensor, places: Sequence[Sequence[int]], world: World) -> Tensor:
+    """Bring the rows of all ranks together.
+
+    rows: (n, ...), this rank's; ranks may have different numbers, 0 too.  places[r]: where rank r's rows stand in the
+    result, 0 to N - 1 over all ranks; the same on all.
+    Returns (N, ...). The gradient of a row is the sum of what all ranks send back to it.
+    """
+    if world.world_size == 1:
+        return rows
+    most = max(map(len, places))
+    slots = torch.empty(sum(map(len, places)), dtype=torch.int64)
+    for rank, own in enumerate(places):
+        slots[torch.tensor(own, dtype=torch.int64)] = torch.arange(len(own)) + rank * most
+    return _GatherRows.apply(rows, slots.to(rows.device), most, world)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[Tensor], world: World) -> None:
+    """Add up the gradients of one dtype over the ranks, in place, by one collective."""
+    if world.world_size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, term):  # noqa: ANN001, ANN205
+        total = term.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):  # noqa: ANN001, ANN205
+        return g
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, slots, most, world):  # noqa: ANN001, ANN205
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        ctx.save_for_backward(slots)
+        ctx.n_rows, ctx.most, ctx.world_size = len(rows), most, world.world_size
+        return _all_gather(padded, world).flatten(0, 1)[slots]
+
+    @staticmethod
+    def backward(ctx, g):  # noqa: ANN001, ANN205
+        (slots,) = ctx.saved_tensors
+        padded = g.new_zeros(ctx.world_size * ctx.most, *g.shape[1:])
+        padded[slots] = g
+        own = g.new_empty(ctx.most, *g.shape[1:])
+        dist.reduce_scatter(own, list(padded.unflatten(0, (ctx.world_size, ctx.most))))
+        return own[: ctx.n_rows], None, None, None
+
+
+def _all_gather(tensor: Tensor, world: World) -> Tensor:
+    """Stack a tensor of one shape over the ranks.  Returns (W, *shape)."""
+    gathered = tensor.new_empty(world.world_size, *tensor.shape)
+    dist.all_gather(list(gathered), tensor)  # all_gather_into_tensor has another name in every other release
+    return gathered
+
+
+def log(message: str) -> None:
+    """Print one line to stderr, at once, on rank 0 only."""
+    if _variable("RANK", 0) == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def log_error(message: str) -> None:
+    """Print why this rank ends: on every rank, since torchrun may end the others before they can say anything."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    print(f"rank {os.environ.get('RANK')}: {message}" if several else message, file=sys.stderr, flush=True)
+
+
+def _device() -> torch.device:
+    """Find cuda:LOCAL_RANK where CUDA is available, else the CPU, and make it the current device."""
     if not torch.cuda.is_available():
-        return World(rank=rank, world_size=world_size, device=torch.device("cpu"))
+        return torch.device("cpu")
+    local_rank = _variable("LOCAL_RANK", 0)
     if not 0 <= local_rank < torch.cuda.device_count():
         raise ValueError(
             f"LOCAL_RANK must name one of {torch.cuda.device_count()} visible GPUs: got {local_rank}; "
@@ -47,13 +198,7 @@ def start() -> World:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)  # Triton launches on the current device, whatever device its tensors live on
-    return World(rank=rank, world_size=world_size, device=device)
-
-
-def log(message: str) -> None:
-    """Print one line to stderr, at once, on rank 0 only."""
-    if _variable("RANK", 0) == 0:
-        print(message, file=sys.stderr, flush=True)
+    return device
 
 
 def _variable(name: str, default: int) -> int:

@@ -1,5 +1,7 @@
 """Texts to vectors: `python -m e5core.encode MODEL --input TEXTS.jsonl --output V.npy`, and Encoder for Python.
 
+Under torchrun (`torchrun --nproc-per-node N -m e5core.encode ...`) each rank embeds a share of the texts.
+
 MODEL is a run folder (its best checkpoint where training kept one, else the newest), a checkpoint folder RUN/step_N, a
 Hugging Face folder or a .gguf file (an untrained model). `--selfcheck` embeds ten fixed texts and holds them against
 the vectors that training stored, so that a changed library, file or machine shows before a million texts are encoded.
@@ -23,10 +25,10 @@ import e5kernels.rms_norm
 import e5kernels.rope
 import e5kernels.swiglu
 from e5core.adapter import read_adapter
-from e5core.batches import document_text, pack, query_text
+from e5core.batches import CHARACTERS, deal, document_text, pack, query_text
 from e5core.checkpoint import Card, read_best, read_card, step_folder, steps_of
-from e5core.distributed import log, start
-from e5core.encoder import Dtype, EmbeddingModel, build_model, choose_dtype
+from e5core.distributed import ALONE, World, alone, finish, gather_rows, log, log_error, start, sum_over_ranks
+from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype
 from e5core.lora import LoraConfig
 from e5core.metrics import TextProgress
 from e5core.records import checked_text, parse_object, read_lines, required
@@ -44,7 +46,7 @@ OPS = (
 )
 TEMPLATE = query_text("{task}", "{query}")
 DEFAULT_MAX_TOKENS = 512  # paper, appendix A
-CHUNK = 2048  # texts that are tokenised and packed together
+CHUNK = 2048  # texts that a rank tokenises and packs together
 # Short, long, empty and non-Latin texts; a pair is (task, text).
 GOLDEN_TEXTS: tuple[tuple[str | None, str], ...] = (
     (None, ""),
@@ -61,7 +63,10 @@ GOLDEN_TEXTS: tuple[tuple[str | None, str], ...] = (
 
 
 class Encoder:
-    """A model, its tokenizer and its template: texts in, unit vectors out."""
+    """A model, its tokenizer and its template: texts in, unit vectors out.
+
+    Over several ranks each embeds a share of the texts and gets all vectors, the same ones everywhere.
+    """
 
     def __init__(
         self,
@@ -69,7 +74,9 @@ class Encoder:
         tokenizer: Tokenizer,
         device: torch.device,
         max_tokens: int,
+        world: World = ALONE,
     ) -> None:
+        """world: whose ranks all hold this model, and call every method together, with the same texts."""
         config = model.backbone.config
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
@@ -77,7 +84,7 @@ class Encoder:
             )
         if max_tokens > config.max_positions:
             raise ValueError(f"max_tokens is {max_tokens}, the model was made for at most {config.max_positions}")
-        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.model, self.tokenizer, self.device, self.world = model, tokenizer, device, world
         self.max_tokens = max_tokens
         # Encoding XQuAD's documents with SmolLM2 on 2 AVX2 cores: 534 tokens/s at 1,024, 490 at 4,096 (caches).
         self.batch_tokens = 1024 if device.type == "cpu" else 16384
@@ -88,20 +95,24 @@ class Encoder:
         self.golden_tolerance = 0.0  # what a cosine to them may lack of 1
 
     @classmethod
-    def load(cls, model: str, *, max_tokens: int | None = None, dtype: Dtype = "auto") -> "Encoder":
+    def load(
+        cls, model: str, *, max_tokens: int | None = None, dtype: Dtype = "auto", world: World | None = None
+    ) -> "Encoder":
         """Load a run folder, a checkpoint, a Hugging Face folder or a .gguf file.
 
         max_tokens, dtype: None and "auto" mean what the run was trained with; else 512, and the faster of two.
+        world: the ranks that encode together (distributed.start()); None: this process encodes by itself.
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
         folder = _adapter_folder(Path(model))
-        device = start().device
+        world = alone() if world is None else world
+        device = world.device
         if folder is None:
             path = resolve_model(model)
-            chosen, _ = choose_dtype(dtype, device)
+            chosen, _ = settle_dtype(dtype, world)
             built = build_model(path, chosen, device, causal=True, lora=None, seed=0)
             default = min(DEFAULT_MAX_TOKENS, built.backbone.config.max_positions)
-            return cls(built, Tokenizer.load(path), device, default if max_tokens is None else max_tokens)
+            return cls(built, Tokenizer.load(path), device, default if max_tokens is None else max_tokens, world)
         card = read_card(folder)
         path = resolve_model(card.base_path)
         found = fingerprint(path)
@@ -114,9 +125,9 @@ class Encoder:
         tokenizer.check_contract(card.tokenizer_contract)
         if card.template != TEMPLATE:
             raise ValueError(f"{folder}: trained with the template {card.template!r}, this version has {TEMPLATE!r}")
-        chosen, _ = choose_dtype(cast(Dtype, card.dtype) if dtype == "auto" else dtype, device)
+        chosen, _ = settle_dtype(cast(Dtype, card.dtype) if dtype == "auto" else dtype, world)
         length = card.max_tokens if max_tokens is None else max_tokens
-        encoder = cls(_with_adapter(path, folder, card, chosen, device), tokenizer, device, length)
+        encoder = cls(_with_adapter(path, folder, card, chosen, device), tokenizer, device, length, world)
         encoder.golden = np.load(folder / "golden.npy", allow_pickle=False)
         encoder.golden_tolerance = 1e-3 if "bfloat16" in (card.dtype, str(chosen).removeprefix("torch.")) else 1e-5
         return encoder
@@ -131,27 +142,42 @@ class Encoder:
         """Embed texts.
 
         task: the instruction of queries (and of both sides in symmetric tasks); None for documents.
-        progress: told of every micro-batch's texts and their tokens, a shared prefix in each; None shows nothing.
+        progress: told of every micro-batch's texts and their tokens, a shared prefix in each (other ranks' when their
+        vectors come); None shows nothing.
         Returns (n, dim) float32 in the order of the texts, unit rows unless `normalize` is false.
         Raises FloatingPointError where an embedding is not finite.
         """
         vectors = np.empty((len(texts), self.model.backbone.config.dim), dtype=np.float32)
-        for first in range(0, len(texts), CHUNK):
-            formatted = [query_text(task, t) if task else document_text(t) for t in texts[first : first + CHUNK]]
-            sequences, truncated = self.tokenizer.encode_batch(formatted, self.max_tokens)
-            self.n_truncated += truncated
-            if progress is not None:
-                progress.expect(len(sequences), sum(map(len, sequences)))
-            with torch.inference_mode():
-                for batch in pack(sequences, self.batch_tokens, self.device, self.share_prefix):
-                    rows = batch.rows.cpu().numpy()
-                    vectors[first + rows] = self.model(batch, normalize=normalize).float().cpu().numpy()
-                    if progress is not None:
-                        progress.advance(len(rows), sum(len(sequences[row]) for row in rows))
+        chunk = CHUNK * self.world.world_size
+        for first in range(0, len(texts), chunk):
+            formatted = [query_text(task, t) if task else document_text(t) for t in texts[first : first + chunk]]
+            vectors[first : first + chunk] = self._encode_chunk(formatted, normalize, progress)
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):
             raise FloatingPointError(f"the embedding of text {broken[0]} is not finite ({texts[broken[0]][:80]!r})")
         return vectors
+
+    @torch.inference_mode()
+    def _encode_chunk(self, formatted: list[str], normalize: bool, progress: TextProgress | None) -> np.ndarray:
+        """Embed this rank's share of formatted texts.  Returns the vectors of all, (n, dim) float32."""
+        shares = deal([min(len(text), CHARACTERS * self.max_tokens) for text in formatted], self.world.world_size)
+        own = shares[self.world.rank]
+        sequences, n_truncated = self.tokenizer.encode_batch([formatted[i] for i in own], self.max_tokens)
+        lengths = list(map(len, sequences))
+        counts = torch.tensor([sum(lengths), n_truncated], device=self.device)
+        n_tokens, n_truncated = sum_over_ranks(counts, self.world).tolist()
+        self.n_truncated += n_truncated
+        if progress is not None:
+            progress.expect(len(formatted), n_tokens)
+        vectors = torch.empty(len(own), self.model.backbone.config.dim, device=self.device)
+        for batch in pack(sequences, self.batch_tokens, self.device, self.share_prefix):
+            vectors[batch.rows] = self.model(batch, normalize=normalize).float()
+            if progress is not None:
+                progress.advance(len(batch.rows), sum(lengths[row] for row in batch.rows.tolist()))
+        vectors = gather_rows(vectors, shares, self.world)
+        if progress is not None and len(own) < len(formatted):
+            progress.advance(len(formatted) - len(own), n_tokens - sum(lengths))
+        return vectors.cpu().numpy()
 
     def golden_vectors(self) -> np.ndarray:
         """Embed GOLDEN_TEXTS.  Returns (10, dim) float32."""
@@ -168,13 +194,15 @@ class Encoder:
 
 
 class ShownEncoder:
-    """An encoder for people who wait: every call shows its progress on stderr."""
+    """An encoder for people who wait: every call shows its progress on stderr, on rank 0."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
     def encode(self, texts: Sequence[str], task: str | None = None, normalize: bool = True) -> np.ndarray:
         """Embed texts as Encoder.encode does.  Raises ValueError where there is none."""
+        if not self.encoder.world.is_main:
+            return self.encoder.encode(texts, task, normalize)
         with TextProgress(len(texts)) as progress:
             return self.encoder.encode(texts, task, normalize, progress)
 
@@ -221,24 +249,36 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def encode_file(encoder: Encoder, source: Path, output: Path, task: str | None) -> int:
-    """Encode a file of texts into a .npy of (n, dim) float32, in memory that does not grow with n.  Returns n."""
+    """Encode a file of texts into a .npy of (n, dim) float32, in memory that does not grow with n.  Returns n.
+
+    Rank 0 writes it; all ranks read the texts.
+    """
     n_texts = sum(1 for _ in read_texts(source))
     if n_texts == 0:
         raise ValueError(f"{source}: no text in it")
+    if not encoder.world.is_main:
+        for _ in _vectors(encoder, source, task, None):
+            pass
+        return n_texts
     partial = output.with_name(f".partial_{output.name}")
     shape = (n_texts, encoder.model.backbone.config.dim)
     try:
         with open(partial, "wb") as file:  # written, not mapped: a full disk raises OSError instead of killing us
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            texts = read_texts(source)
             with TextProgress(n_texts) as progress:
-                while piece := list(islice(texts, CHUNK)):
-                    file.write(encoder.encode(piece, task, progress=progress).astype("<f4").tobytes())
+                for vectors in _vectors(encoder, source, task, progress):
+                    file.write(vectors.astype("<f4").tobytes())
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
     return n_texts
+
+
+def _vectors(encoder: Encoder, source: Path, task: str | None, progress: TextProgress | None) -> Iterator[np.ndarray]:
+    texts = read_texts(source)
+    while piece := list(islice(texts, CHUNK * encoder.world.world_size)):
+        yield encoder.encode(piece, task, progress=progress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -259,17 +299,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output is not None and not arguments.output.parent.is_dir():
         parser.error(f"--output: no folder {arguments.output.parent}")
     try:
-        log(describe_device(start().device))
-        encoder = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype)
+        world = start()
+        log(describe_device(world.device))
+        encoder = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype, world=world)
         log(encoder.tokenizer.describe())
         if arguments.selfcheck and not _selfcheck(encoder):
+            finish()
             return 1
         if arguments.input is not None:
             n_texts = encode_file(encoder, arguments.input, arguments.output, arguments.task)
             log(f"wrote {arguments.output}: {n_texts:,} vectors; {encoder.n_truncated:,} texts were truncated")
     except (ValueError, OSError, FloatingPointError) as error:
-        log(f"e5core.encode: {error}")
+        log_error(f"e5core.encode: {error}")
         return 2
+    finish()
     return 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from e5core.backbone import Backbone, BackboneConfig, positions_of
 from e5core.batches import MicroBatch
+from e5core.distributed import World, share
 from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora
 from e5core.recompute import Policy, apply_recompute
 from e5core.weights import load_weights, read_config
@@ -94,6 +95,13 @@ def choose_dtype(setting: Dtype, device: torch.device) -> tuple[torch.dtype, str
     best = min(seconds, key=lambda dtype: seconds[dtype])
     timed = ", ".join(f"{str(dtype).removeprefix('torch.')} {s * 1e3:.1f} ms" for dtype, s in seconds.items())
     return best, f"auto: a (256, 576) x (576, 1536) product takes {timed}"
+
+
+def settle_dtype(setting: Dtype, world: World) -> tuple[torch.dtype, str]:
+    """Resolve "auto" for all ranks as rank 0 does.  Returns what `choose_dtype` returns."""
+    chosen, why = choose_dtype(setting, world.device) if world.is_main else (None, "")
+    name, why = share((str(chosen).removeprefix("torch."), why), world)[0]
+    return choose_dtype(name, world.device)[0], why
 
 
 def _gemm_seconds(dtype: torch.dtype) -> float:

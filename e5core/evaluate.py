@@ -27,7 +27,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from e5core.checkpoint import write_json
-from e5core.distributed import log
+from e5core.distributed import finish, log, log_error, start
 from e5core.encode import Encoder, ShownEncoder, describe_device
 from e5core.records import nearest
 from e5core.testsets import Classification, EvalSet, Pairs, Retrieval, read_sets
@@ -141,8 +141,8 @@ def nearest_rows(
     n_documents = len(documents)
     k = min(k, n_documents)
     n_rows = max(1, block_entries // n_documents)
-    for start in range(0, len(queries), n_rows):
-        block = queries[start : start + n_rows]
+    for first in range(0, len(queries), n_rows):
+        block = queries[first : first + n_rows]
         similarities = block @ documents.T  # (rows, P)
         for query, row in zip(block, similarities, strict=True):
             kth = np.partition(row, n_documents - k)[n_documents - k]
@@ -224,8 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
-        log(f"e5core.evaluate: {' '.join(str(error).splitlines())}")
+        log_error(f"e5core.evaluate: {' '.join(str(error).splitlines())}")
         return 2
+    finish()
     return 0
 
 
@@ -234,16 +235,18 @@ def _run(arguments: argparse.Namespace) -> None:
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"no such folder for --out: {out.absolute().parent}")
     sets = read_sets(_named_sets(arguments))
-    encoder = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype)
+    world = start()
+    encoder = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype, world=world)
     log(describe_device(encoder.device))
     scores: dict[str, float] = {}
     for eval_set, texts in sets:
         log(f"evaluating {eval_set.name}")
         scores |= score_set(ShownEncoder(encoder), eval_set, texts)
     log(f"{encoder.n_truncated:,} texts were cut to {encoder.max_tokens} tokens")
-    show_table({"score": scores})
-    if out is not None:
-        write_json(out, scores)
+    if world.is_main:
+        show_table({"score": scores})
+        if out is not None:
+            write_json(out, scores)
 
 
 def _named_sets(arguments: argparse.Namespace) -> list[EvalSet]:

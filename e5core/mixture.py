@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from e5core.distributed import log
+from e5core.distributed import ALONE, World, log, share
 from e5core.manifest import Shard, added, new_lines
 from e5core.records import Record, parse_lines, read_records
 
@@ -48,13 +48,22 @@ class Folders:
     """The sources that are folders, and what entered from them at each epoch begun so far."""
 
     def __init__(
-        self, paths: Sequence[Path | None], recorded: Sequence[list[Shard]], *, skip_broken: bool = False
+        self,
+        paths: Sequence[Path | None],
+        recorded: Sequence[list[Shard]],
+        *,
+        skip_broken: bool = False,
+        world: World = ALONE,
     ) -> None:
-        """paths: one per source, None for a file.  recorded: `epochs` of the run to go on with."""
+        """paths: one per source, None for a file.  recorded: `epochs` of the run to go on with.
+
+        world: whose rank 0 looks into the folders for all, since they may grow between two looks.
+        """
         self.epochs: list[list[Shard]] = []  # files that were new at its beginning, or longer than before
         self._paths = paths
         self._recorded = recorded
         self._skip_broken = skip_broken
+        self._world = world
         self._known: dict[str, Shard] = {}
 
     def enter(self) -> list[list[Record]]:
@@ -68,7 +77,9 @@ class Folders:
         if epoch < len(self._recorded):
             shards = self._recorded[epoch]
         else:
-            shards = [shard for path in folders for shard in added(path, self._known)]
+            looked = folders if self._world.is_main else ()
+            found = [asdict(shard) for path in looked for shard in added(path, self._known)]
+            shards = [Shard(**shard) for shard in share(found, self._world)[0]]
         gained: dict[Path | None, list[Record]] = {path: [] for path in self._paths}
         for shard in shards:
             records = self._read(shard)  # which refuses a file of a folder that is none any more
@@ -168,11 +179,11 @@ class Mixture:
 
 
 def load_mixture(
-    config: DataConfig, seed: int, epochs: Sequence[Sequence[Mapping[str, Any]]] = ()
+    config: DataConfig, seed: int, epochs: Sequence[Sequence[Mapping[str, Any]]] = (), world: World = ALONE
 ) -> tuple[Mixture, list[str]]:
     """Read all sources.  Returns the mixture and a message for each broken line of a file that was skipped.
 
-    epochs: of the state() of the run to go on with.
+    epochs: of the state() of the run to go on with.  world: its ranks begin each epoch together, in `batch`.
     Raises BrokenRecord (a line), FileNotFoundError (a source) or ValueError (a source without records, or a file of a
     folder that has changed since the run read it).
     """
@@ -184,7 +195,7 @@ def load_mixture(
         sources.append(records)
         skipped += messages
     recorded = [[Shard(**shard) for shard in epoch] for epoch in epochs]
-    folders = Folders(paths, recorded, skip_broken=config.skip_broken) if any(paths) else None
+    folders = Folders(paths, recorded, skip_broken=config.skip_broken, world=world) if any(paths) else None
     mixture = Mixture(sources, [source.ratio for source in config.sources], seed, folders)
     for _ in recorded[1:]:
         mixture.begin_epoch()

@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from e5core import checkpoint
 from e5core.batches import BatchConfig
 from e5core.config import existing, load_config, write_config
-from e5core.distributed import log
-from e5core.encoder import BackboneSource, choose_dtype
+from e5core.distributed import World, check_same, log, share
+from e5core.encoder import BackboneSource, settle_dtype
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
 from e5core.mixture import DataConfig
@@ -78,6 +77,16 @@ class Config:
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
+
+
+def check_ranks(config: Config, world: World) -> None:
+    """Refuse ranks that were given different configs, and more ranks than queries.  Raises ValueError on every rank."""
+    check_same({f"{t}.{k}": v for t, table in asdict(config).items() for k, v in table.items()}, world)
+    if config.batch.size < world.world_size:
+        raise ValueError(
+            f"batch.size = {config.batch.size} is less than the number of ranks, {world.world_size}, and every rank "
+            "needs a query; raise batch.size or start fewer ranks"
+        )
 
 
 def check_files(config: Config) -> Path:
@@ -150,12 +159,14 @@ def _check_same(stored: Config, config: Config, run: Path) -> None:
         )
 
 
-def resolve_dtype(config: Config, run: Path, device: torch.device) -> Config:
-    """Settle dtype = "auto": as the run began, else by a measurement."""
-    if config.backbone.dtype == "auto" and config.train.resume and checkpoint.steps_of(run):
+def resolve_dtype(config: Config, run: Path, world: World) -> Config:
+    """Settle dtype = "auto": as the run began, else by rank 0's measurement."""
+    stored = None
+    if world.is_main and config.backbone.dtype == "auto" and config.train.resume and checkpoint.steps_of(run):
         stored = load_config(Config, run / "config.toml").backbone.dtype
-        return replace(config, backbone=replace(config.backbone, dtype=stored))
-    dtype, why = choose_dtype(config.backbone.dtype, device)
-    name = str(dtype).removeprefix("torch.")
-    log(f"dtype {name} ({why})")
+    name = share(stored, world)[0]
+    if name is None:
+        dtype, why = settle_dtype(config.backbone.dtype, world)
+        name = str(dtype).removeprefix("torch.")
+        log(f"dtype {name} ({why})")
     return replace(config, backbone=replace(config.backbone, dtype=name))

@@ -1,4 +1,4 @@
-"""Train an embedder: `torchrun --nproc-per-node 1 -m e5core.train CONFIG.toml [section.key=value ...]`.
+"""Train an embedder: `torchrun --nproc-per-node N -m e5core.train CONFIG.toml [section.key=value ...]`.
 
 One step, exact for any micro-batch size (GradCache, arXiv 2101.06983, with the fullest piece kept):
 
@@ -7,7 +7,12 @@ One step, exact for any micro-batch size (GradCache, arXiv 2101.06983, with the 
     pass 2   the kept graph takes its gradient; every other micro-batch is embedded again with a graph and takes its own
 
 Dropout is a function of (seed, step, row, position), so both passes draw the same. A batch that fits one micro-batch is
-thereby one plain pass. The run's folder holds all that there is to say about it (checkpoint.py, DESIGN 3.10).
+thereby one plain pass.
+
+Each of N ranks holds the whole model and does this with its share of the batch's examples, whose rows keep their
+numbers: its queries meet the candidates of all ranks, and the adapters' gradients are added up once a step. So all N
+give the same run. The ranks meet in the loss and after pass 2, never in between, whatever their micro-batches.
+Rank 0 alone writes; the run's folder holds all that there is to say about it (checkpoint.py, DESIGN 3.10).
 """
 
 import argparse
@@ -15,7 +20,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,16 +33,27 @@ from e5core import checkpoint
 from e5core.adapter import read_adapter
 from e5core.batches import GlobalBatch, build_batch, pack
 from e5core.config import load_config
-from e5core.distributed import log, start
+from e5core.distributed import (
+    ALONE,
+    World,
+    check_same,
+    finish,
+    log,
+    log_error,
+    share,
+    start,
+    sum_gradients,
+    sum_over_ranks,
+)
 from e5core.encode import TEMPLATE, Encoder, ShownEncoder, describe_device
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
 from e5core.evaluate import evaluate, show_table
 from e5core.lora import adapters
-from e5core.loss import InfoNCE, LossConfig, infonce_loss
+from e5core.loss import BatchLoss, LossConfig, infonce_loss
 from e5core.metrics import MetricsFile, Progress
 from e5core.mixture import Mixture, load_mixture
 from e5core.optim import AdamW, learning_rate
-from e5core.run import Config, check_files, check_folder, make_folder, resolve_dtype
+from e5core.run import Config, check_files, check_folder, check_ranks, make_folder, resolve_dtype
 from e5core.testsets import EvalSet
 from e5core.tokenizer import Tokenizer
 from e5core.weights import fingerprint
@@ -47,31 +64,35 @@ def train(config: Config) -> dict[str, dict[str, float]]:
 
     Raises ValueError, OSError or FloatingPointError, each of which says what to do.
     """
-    device = start().device
-    log(describe_device(device))
+    world = start()
+    device = world.device
+    log(f"{describe_device(device)}; ranks: {world.world_size}")
+    check_ranks(config, world)
     run = Path(config.train.run)
     model_path = check_files(config)
     check_folder(run, config)
     epochs = checkpoint.begun_epochs(run) if config.train.resume else []
-    mixture, skipped = load_mixture(config.data, config.train.seed, epochs)
+    mixture, skipped = load_mixture(config.data, config.train.seed, epochs, world)
     for message in skipped:
         log(f"skipped {message}")
-    config = resolve_dtype(config, run, device)
+    check_same({"hash of the training records": mixture.digest}, world)
+    config = resolve_dtype(config, run, world)
     dtype, _ = choose_dtype(config.backbone.dtype, device)
     lora, causal, seed = config.lora, config.backbone.causal, config.train.seed
     recompute = config.batch.recompute
     model = build_model(model_path, dtype, device, causal=causal, lora=lora, seed=seed, recompute=recompute)
-    encoder = Encoder(model, Tokenizer.load(model_path, config.tokenizer), device, config.eval.max_tokens)
-    resume_step = make_folder(run, config)
-    _show_start(config, mixture, encoder.tokenizer)
+    encoder = Encoder(model, Tokenizer.load(model_path, config.tokenizer), device, config.eval.max_tokens, world)
+    resume_step = share(make_folder(run, config) if world.is_main else None, world)[0]
+    if world.is_main:
+        _show_start(config, mixture, encoder.tokenizer)
     scores = _report(run, "before", encoder, config.eval.report)
     _loop(config, run, encoder, mixture, model_path, resume_step)
-    best = checkpoint.read_best(run)
+    best = share(checkpoint.read_best(run) if world.is_main else None, world)[0]
     if best is not None:
         read_adapter(checkpoint.step_folder(run, best["step"]), model.backbone)
         log(f"best checkpoint: step {best['step']} with {best['metric']} = {best['value']:.2f}")
     scores |= _report(run, "after", encoder, config.eval.report)
-    if config.eval.report:
+    if config.eval.report and world.is_main:
         show_table(scores)
     log(f"the run is in {run}")
     return scores
@@ -90,28 +111,33 @@ def backward_step(
     loss: LossConfig,
     budget: int,
     dropout: tuple[int, int] | None,
-) -> InfoNCE:
-    """Compute the loss of a batch and leave its gradient in the adapters (added to what is there).
+    world: World = ALONE,
+) -> BatchLoss:
+    """Compute the loss of a batch and leave its gradient, summed over the ranks, in the adapters, which had none.
 
     budget: tokens of a micro-batch.  dropout: (seed, step).  Raises FloatingPointError naming records for a loss
-    that is not finite.
+    that is not finite, on every rank.
     """
     device = model.backbone.norm.weight.device
-    *pieces, fullest = sorted(pack(batch.sequences, budget, device), key=lambda piece: len(piece.tokens))
+    packed = pack(batch.sequences, budget, device, numbers=batch.rows)
+    *pieces, fullest = sorted(packed, key=lambda piece: len(piece.tokens))
     with torch.no_grad():
         parts = [model(piece, dropout) for piece in pieces]
     kept = model(fullest, dropout)
-    order = torch.cat([piece.rows for piece in (*pieces, fullest)]).argsort()
-    embeddings = torch.cat([*parts, kept.detach()])[order].requires_grad_()  # (Q + P, D)
-    result = infonce_loss(embeddings, batch, loss)
+    rows = torch.cat([piece.rows for piece in (*pieces, fullest)])
+    embeddings = torch.cat([*parts, kept.detach()]).requires_grad_()  # (n, D) of this rank, as packed
+    result = infonce_loss(embeddings[rows.argsort()], batch, loss, world)
     if not torch.isfinite(result.loss):
-        rows = torch.isfinite(embeddings).all(dim=1).logical_not().nonzero().flatten().tolist()
-        raise FloatingPointError(f"the loss is not finite ({result.loss.item()}): {_blame(batch, rows)}")
+        broken = rows[torch.isfinite(embeddings).all(dim=1).logical_not()].tolist()
+        broken = [row for own in share(broken, world) for row in own]
+        raise FloatingPointError(f"the loss is not finite ({result.loss.item()}): {_blame(batch, broken)}")
     (gradient,) = torch.autograd.grad(result.loss, embeddings)
-    kept.backward(gradient[fullest.rows])
+    *gradients, last = gradient.split([len(piece.rows) for piece in (*pieces, fullest)])
+    kept.backward(last)
     del kept
-    for piece in pieces:
-        model(piece, dropout).backward(gradient[piece.rows])
+    for piece, part in zip(pieces, gradients, strict=True):
+        model(piece, dropout).backward(part)
+    sum_gradients(model.parameters(), world)
     return result
 
 
@@ -127,31 +153,48 @@ def _loop(
     config: Config, run: Path, encoder: Encoder, mixture: Mixture, model_path: Path, resume_step: int | None
 ) -> None:
     """Train from the resumed step (or the first) to the last, with logs, evaluations and checkpoints."""
-    model, n_steps = encoder.model, total_steps(config, mixture)
+    model, world, n_steps = encoder.model, encoder.world, total_steps(config, mixture)
     optimizer = AdamW(_trainable(model), config.optim)
     card, best = _card(config, model_path, encoder), None
     if resume_step is not None:
         best = checkpoint.restore(checkpoint.step_folder(run, resume_step), model, optimizer, mixture.digest, card)
         log(f"resumed after step {resume_step}")
-    metrics = MetricsFile(run / "metrics.jsonl", resume_step)
-    try:
-        with Progress(n_steps, config.train.log_every) as progress:
-            for step in range(resume_step or 0, n_steps):
-                logged = _train_step(config, encoder, mixture, optimizer, step, n_steps)
-                done, metric = step + 1, config.eval.metric
-                if config.eval.every and (done % config.eval.every == 0 or done == n_steps):
-                    logged["eval"] = evaluate(encoder, config.eval.sets)
-                    if metric and (best is None or logged["eval"][metric] > best["value"]):
-                        best = {"step": done, "metric": metric, "value": logged["eval"][metric]}
-                metrics.write(logged)
-                progress.step(logged)
-                is_best, due = best is not None and best["step"] == done, config.train.save_every
-                if is_best or done == n_steps or (due and done % due == 0):
-                    golden = encoder.golden_vectors()
+    with _journal(config, run, n_steps, resume_step, world) as tell:
+        for step in range(resume_step or 0, n_steps):
+            logged = _train_step(config, encoder, mixture, optimizer, step, n_steps)
+            done, metric = step + 1, config.eval.metric
+            if config.eval.every and (done % config.eval.every == 0 or done == n_steps):
+                logged["eval"] = share(evaluate(encoder, config.eval.sets), world)[0]
+                if metric and (best is None or logged["eval"][metric] > best["value"]):
+                    best = {"step": done, "metric": metric, "value": logged["eval"][metric]}
+            tell(logged)
+            is_best, due = best is not None and best["step"] == done, config.train.save_every
+            if is_best or done == n_steps or (due and done % due == 0):
+                golden = encoder.golden_vectors()
+                if world.is_main:
                     checkpoint.save(run, done, model, config.lora, card, golden, optimizer, mixture.state(), best)
                     if best is not None:
                         checkpoint.write_json(run / "best.json", best)
                     checkpoint.prune(run, config.train.keep)
+
+
+@contextmanager
+def _journal(
+    config: Config, run: Path, n_steps: int, resume_step: int | None, world: World
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield what takes a step's line, for metrics.jsonl and for people; on other ranks than 0 it is dropped."""
+    if not world.is_main:
+        yield lambda logged: None
+        return
+    metrics = MetricsFile(run / "metrics.jsonl", resume_step)
+    try:
+        with Progress(n_steps, config.train.log_every) as progress:
+
+            def tell(logged: Mapping[str, Any]) -> None:
+                metrics.write(logged)
+                progress.step(logged)
+
+            yield tell
     finally:
         metrics.close()
 
@@ -161,10 +204,11 @@ def _train_step(
 ) -> dict[str, Any]:
     """Do step `step` (from 0).  Returns the line for metrics.jsonl."""
     started = time.perf_counter()
-    seed, first = config.train.seed, step == 0
-    batch = build_batch(mixture.batch(step, config.batch.size), encoder.tokenizer, config.batch, seed, step)
+    seed, first, world = config.train.seed, step == 0, encoder.world
+    batch = build_batch(mixture.batch(step, config.batch.size), encoder.tokenizer, config.batch, seed, step, world)
+    counts = sum_over_ranks(torch.tensor([batch.n_tokens, batch.n_truncated], device=world.device), world)
     try:
-        result = backward_step(encoder.model, batch, config.loss, config.batch.micro_batch_tokens, (seed, step))
+        result = backward_step(encoder.model, batch, config.loss, config.batch.micro_batch_tokens, (seed, step), world)
         grad_norm = optimizer.clip_gradients()
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step + 1}: {error}; records {', '.join(batch.record_ids[:5])}, ...") from error
@@ -173,16 +217,17 @@ def _train_step(
     if first:
         _check_moved(encoder.model)
     seconds = time.perf_counter() - started
+    n_tokens, n_truncated = counts.tolist()
     return {
         "step": step + 1,
         "loss": result.loss.item(),
         "lr": lr,
         "grad_norm": grad_norm,
-        "tokens_per_s": round(batch.n_tokens / seconds, 1),
+        "tokens_per_s": round(n_tokens / seconds, 1),
         "in_batch_accuracy": result.accuracy.item(),
-        "negatives_per_query": result.negatives.float().mean().item(),
-        "tokens": batch.n_tokens,
-        "truncated": batch.n_truncated,
+        "negatives_per_query": result.negatives.item(),
+        "tokens": n_tokens,
+        "truncated": n_truncated,
         "epoch": mixture.n_epochs((step + 1) * config.batch.size),
         "seconds": round(seconds, 3),
     }
@@ -204,12 +249,13 @@ def _trainable(model: EmbeddingModel) -> dict[str, Tensor]:
 
 def _report(run: Path, moment: str, encoder: Encoder, sets: Sequence[EvalSet]) -> dict[str, dict[str, float]]:
     """Score the report sets at this moment of the run and write them to RUN/evaluation.json.  Returns its content."""
-    file = run / "evaluation.json"
-    scores = json.loads(file.read_text()) if file.is_file() else {}
+    file, world = run / "evaluation.json", encoder.world
+    scores = share(json.loads(file.read_text()) if world.is_main and file.is_file() else {}, world)[0]
     if sets and (moment == "after" or moment not in scores):
         log(f"evaluating {moment} training: {', '.join(item.name for item in sets)}")
-        scores[moment] = evaluate(ShownEncoder(encoder), sets)
-        checkpoint.write_json(file, scores)
+        scores[moment] = share(evaluate(ShownEncoder(encoder), sets), world)[0]
+        if world.is_main:
+            checkpoint.write_json(file, scores)
     return scores
 
 
@@ -230,7 +276,7 @@ def _show_start(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> None:
 def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card:
     return checkpoint.Card(
         base_path=config.backbone.path if config.backbone.path.startswith("package:") else str(model_path.resolve()),
-        base_sha256=fingerprint(model_path),
+        base_sha256=share(fingerprint(model_path) if encoder.world.is_main else None, encoder.world)[0],
         causal=config.backbone.causal,
         dtype=config.backbone.dtype,
         max_tokens=config.eval.max_tokens,
@@ -244,7 +290,7 @@ def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.  Returns the exit status: 0, or 2 with one line on stderr for what a user can mend."""
     parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node 1 -m e5core.train",
+        prog="torchrun --nproc-per-node N -m e5core.train",
         description=__doc__.split("\n\n")[0],
         epilog="Every table and key stands with its meaning in configs/quickstart.toml; an unknown key is refused with "
         "the nearest known one. Resume an interrupted run with train.resume=true.",
@@ -255,8 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(load_config(Config, arguments.config, arguments.overrides))
     except (ValueError, OSError, FloatingPointError) as error:
-        log(f"e5core.train: {error}")
+        log_error(f"e5core.train: {error}")
         return 2
+    finish()
     return 0
 
 

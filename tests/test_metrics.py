@@ -163,15 +163,15 @@ def test_world_without_torchrun_is_one_main_process(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "name, value, said",
     [
-        ("WORLD_SIZE", "2", "one process: got WORLD_SIZE=2; run torchrun --nproc-per-node 1"),
+        ("WORLD_SIZE", "2", "got WORLD_SIZE=2 but no MASTER_ADDR: start the job with torchrun"),
         ("WORLD_SIZE", "two", "WORLD_SIZE must be an integer: got 'two'"),
-        ("RANK", "1", "must be 0: got RANK=1"),
+        ("RANK", "1", "RANK must be in 0..0, for WORLD_SIZE=1: got RANK=1"),
     ],
 )
-def test_more_than_one_process_is_refused_by_name(
+def test_ranks_without_torchrun_are_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
 ) -> None:
-    for other in RANK_VARIABLES:
+    for other in (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=said):
@@ -184,3 +184,13 @@ def test_only_rank_zero_logs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         distributed.log(f"from {rank}")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "from 0\n")
+
+
+def test_every_rank_says_why_it_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    distributed.log_error("late")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    distributed.log_error("late")
+    assert capsys.readouterr().err == "late\nrank 1: late\n"

@@ -39,7 +39,12 @@ FLOORS = (
         {"train", "encode", "evaluate", "data", "mine", "merge", "export", "plan", "verify_grad", "report"},
     ),
 )
-ENTRY_IMPORTS = {("evaluate", "encode"), ("train", "evaluate"), ("train", "encode")}  # other entries know no entry
+ENTRY_IMPORTS = {  # other entries know no entry
+    ("evaluate", "encode"),
+    ("train", "evaluate"),
+    ("train", "encode"),
+    ("verify_grad", "train"),
+}
 SYNTH_IMPORTS = {"config", "progress", "records"}  # and each other; torch takes seconds, and API machines have none
 KERNEL_IMPORTS = {"torch", "triton", "numpy", "e5kernels"}  # and the standard library
 NEVER_IMPORTED = {"tests", "bench", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -33,7 +33,7 @@ from e5core.config import load_config
 from e5core.distributed import log
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
 from e5core.lora import LoraConfig
-from e5core.loss import InfoNCE, LossConfig
+from e5core.loss import BatchLoss, LossConfig
 from e5core.mixture import load_mixture
 from e5core.optim import AdamW, OptimConfig
 from e5core.recompute import Policy
@@ -102,14 +102,26 @@ def _own_modes(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.
     path = resolve_model(arguments.model)
     model = build_model(path, dtype, device, causal=True, lora=LoraConfig(dropout=arguments.dropout), seed=0)
     batch = real_batch(arguments)
-    frozen = sum(p.numel() for p in model.backbone.layers.parameters() if not p.requires_grad)
+    forward = _forward_flops(model, batch)
     peak = peak_flops(device, dtype)
     for mode, function, forwards in _modes(model, batch, arguments.micro_batch_tokens, device):
         seconds = median_seconds(function, device, arguments.runs)
-        flops = 2 * frozen * batch.n_tokens * forwards
+        flops = forward * forwards
         row = _row(arguments, mode, str(dtype), batch.n_tokens, seconds) | {"floor_s": round(flops / peak, 3)}
         row |= {"gemm_gflops": round(flops / seconds / 1e9, 1), "peak_gflops": round(peak / 1e9, 1)}
         record(row | {"roofline_percent": round(100 * flops / seconds / peak, 1)}, device, out)
+
+
+def _forward_flops(model: EmbeddingModel, batch: GlobalBatch) -> int:
+    """Count the frozen products of one forward pass; all but k and v of the last layer see last tokens alone."""
+    last = model.backbone.layers[-1]
+    narrow = _frozen(last) - _frozen(last.attention.wk) - _frozen(last.attention.wv)
+    wide = _frozen(model.backbone.layers) - narrow
+    return 2 * (wide * batch.n_tokens + narrow * len(batch.sequences))
+
+
+def _frozen(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if not p.requires_grad)
 
 
 def _row(arguments: argparse.Namespace, mode: str, dtype: str, n_tokens: int, seconds: float) -> dict[str, object]:
@@ -125,7 +137,7 @@ def _modes(
     whole = pack(batch.sequences, batch.n_tokens, device)[0]
     fullest = max(len(piece.tokens) for piece in pack(batch.sequences, budget, device))
 
-    def step(tokens: int) -> InfoNCE:
+    def step(tokens: int) -> BatchLoss:
         return backward_step(model, batch, LossConfig(), tokens, (0, 0))
 
     return [

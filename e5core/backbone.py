@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from e5kernels.attention import varlen_attention
+from e5kernels.last_token import last_token
 from e5kernels.rms_norm import rms_norm
 from e5kernels.rope import rope
 from e5kernels.swiglu import geglu, swiglu
@@ -80,12 +81,14 @@ class Layout(NamedTuple):
 
     cu_seqlens: (N+1,) int32.  positions: (T,) int64.  key_rows: (Tk,) int64, the rows of k and v that the sequences
     see, one sequence after another, with their bounds cu_seqlens_k: (N+1,) int32; both None: each sees its own.
+    on_last: if not None, only the last token of every sequence is computed beyond k and v, and this is called there.
     """
 
     cu_seqlens: Tensor
     positions: Tensor
     key_rows: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    on_last: Callable[[], None] | None = None
 
 
 class RMSNorm(nn.Module):
@@ -114,10 +117,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (T, H or K, hd)
+        k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))  # (T, K, hd)
         k = rope(self.k_norm(k), *rotary)
         if layout.key_rows is not None:
             k, v = k.index_select(0, layout.key_rows), v.index_select(0, layout.key_rows)  # (Tk, K, hd)
+        if layout.on_last is not None:
+            layout.on_last()
+            x, rotary, layout = _last_alone(x, rotary, layout)
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (Tq, H, hd)
         out = varlen_attention(
             rope(self.q_norm(q), *rotary),
             k,
@@ -168,7 +175,8 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
         """Do the first half, x + attention."""
-        return x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, layout))
+        attended = self.attention_post_norm(self.attention(self.attention_norm(x), rotary, layout))
+        return (x if layout.on_last is None else last_token(x, layout.cu_seqlens)) + attended
 
     def feed(self, x: Tensor) -> Tensor:
         """Do the second half, x + feed-forward."""
@@ -186,13 +194,17 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, config.window_of(i)) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, n_shared: int = 0) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor, n_shared: int = 0, on_last: Callable[[], None] | None = None
+    ) -> Tensor:
         """Run the decoder over packed sequences.
 
         tokens: (T,) int64.  cu_seqlens: (N+1,) int32.  n_shared: where not 0, the first sequence has so many tokens
         and begins all others, which are packed without it (causal attention only: there it depends on none of them).
-        Returns (T, D) in the weights' dtype, before the final norm (`backbone.norm`), which last-token pooling needs on
-        N rows only.  Raises ValueError for a shared beginning of a bidirectional backbone.
+        on_last: compute, in the last layer, only the sequences' last tokens once k and v of all are there; called then.
+        Returns (T, D), with on_last (N, D), in the weights' dtype, before the final norm (`backbone.norm`), which
+        last-token pooling needs on N rows only.
+        Raises ValueError for a shared beginning of a bidirectional backbone.
         """
         config = self.config
         if n_shared and not config.causal:
@@ -206,7 +218,9 @@ class Backbone(nn.Module):
         )
         if config.local_rope_theta is not None:
             local_rotary = rotary_of(layout.positions, config.local_rope_theta, None, config.head_dim, x.dtype)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            if i == config.n_layers - 1:
+                layout = layout._replace(on_last=on_last)
             x = layer(x, local_rotary if layer.is_local else rotary, layout)
         return x
 
@@ -236,6 +250,15 @@ def layout_of(cu_seqlens: Tensor, n_tokens: int, n_shared: int) -> Layout:
     is_own = positions_k >= n_shared  # such rows follow one another, as they are packed
     key_rows = torch.where(is_own, n_shared - 1 + is_own.cumsum(0), positions_k)
     return Layout(cu_seqlens, positions, key_rows, cu_seqlens_k)
+
+
+def _last_alone(x: Tensor, rotary: Rotary, layout: Layout) -> tuple[Tensor, Rotary, Layout]:
+    """Keep of every sequence the last token, as the one query of all its keys."""
+    bounds, last = layout.cu_seqlens, layout.cu_seqlens[1:].long() - 1
+    alone = torch.arange(bounds.shape[0], dtype=torch.int32, device=bounds.device)
+    keys = bounds if layout.cu_seqlens_k is None else layout.cu_seqlens_k
+    rotary = Rotary(*(part.index_select(0, last) for part in rotary))
+    return last_token(x, bounds), rotary, layout._replace(cu_seqlens=alone, cu_seqlens_k=keys)
 
 
 def rotary_of(

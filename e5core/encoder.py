@@ -20,7 +20,6 @@ from e5core.distributed import World, share
 from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora
 from e5core.recompute import Policy, apply_recompute
 from e5core.weights import load_weights, read_config
-from e5kernels.last_token import last_token
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -40,8 +39,8 @@ class EmbeddingModel(nn.Module):
     def __init__(self, config: BackboneConfig, lora: LoraConfig | None, recompute: Policy = "none") -> None:
         super().__init__()
         self.backbone = Backbone(config)
-        self.token_keys = None if lora is None else apply_lora(self.backbone, lora)
-        apply_recompute(self.backbone, recompute, self.token_keys or TokenKeys())
+        self.token_keys = TokenKeys() if lora is None else apply_lora(self.backbone, lora)
+        apply_recompute(self.backbone, recompute, self.token_keys)
 
     def forward(self, batch: MicroBatch, dropout: tuple[int, int] | None = None, normalize: bool = True) -> Tensor:
         """Embed a micro-batch.
@@ -50,15 +49,15 @@ class EmbeddingModel(nn.Module):
         nothing.
         Returns (N, D) fp32 (fp64 for a float64 backbone), unit rows unless `normalize` is false.
         """
-        if self.token_keys is not None:
-            if dropout is None:
-                self.token_keys.clear()
-            else:
-                rows = batch.rows.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.tokens.shape[0])
-                self.token_keys.set(*dropout, rows, positions_of(batch.cu_seqlens, batch.tokens.shape[0]))
-        hidden = self.backbone(batch.tokens, batch.cu_seqlens, batch.n_shared)  # (T, D)
-        pooled = last_token(hidden, batch.cu_seqlens)
-        last = self.backbone.norm(pooled[1:] if batch.n_shared else pooled)  # (N, D)
+        keys, bounds = self.token_keys, batch.cu_seqlens
+        if dropout is None:
+            keys.clear()
+        else:
+            n_tokens = batch.tokens.shape[0]
+            rows = batch.rows.repeat_interleave(bounds.diff(), output_size=n_tokens)
+            keys.set(*dropout, rows, positions_of(bounds, n_tokens))
+        pooled = self.backbone(batch.tokens, bounds, batch.n_shared, on_last=lambda: keys.keep_last(bounds))
+        last = self.backbone.norm(pooled[1:] if batch.n_shared else pooled)  # (N, D), a shared prefix being no text
         last = last.to(torch.promote_types(last.dtype, torch.float32))
         return F.normalize(last, dim=-1) if normalize else last
 

@@ -64,6 +64,11 @@ class TokenKeys:
         """Drop nothing until the next `set`."""
         self.keys = None
 
+    def keep_last(self, cu_seqlens: Tensor) -> None:
+        """Keep the keys of every sequence's last token alone, the only ones that are computed from here on."""
+        if self.keys is not None:
+            self.keys = self.keys.index_select(0, cu_seqlens[1:].long() - 1)
+
     @contextmanager
     def replaced(self, keys: Tensor | None, step_key: int) -> Iterator[None]:
         """Draw by these keys, an earlier forward pass's, for the length of a with block."""

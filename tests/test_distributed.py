@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import save_embedder
 from rank_laws import BUDGETS, TEXTS, again, cut_to, measured, trainings
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 from safetensors.torch import load_file, save_file
 from test_train import CONFIG, ROOT, SYNTHETIC
 
@@ -300,8 +300,33 @@ def test_the_commands_run_under_torchrun(config_file: Path, tmp_path: Path) -> N
     assert found[0].shape == (2, 32) and np.abs(found[0] - found[1]).max() < 1e-5
 
 
+def test_two_nodes_that_meet_by_c10d_have_the_numbers_of_one_process(
+    trained: dict[int, list[list[str]]], config_file: Path, tmp_path: Path
+) -> None:
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "job"]
+    meeting += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+    fixed = str(config_file.parent / "fixed.toml")
+    overrides = [f"train.run='{tmp_path / 'run'}'", "eval.report=[]"]
+    nodes = [begun([*meeting, "--nproc-per-node", "1", "-m", "e5core.train", fixed, *overrides]) for _ in range(2)]
+    said = [node.communicate(timeout=240)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    for wanted, got in zip(lines(config_file.parent / "1"), lines(tmp_path / "run"), strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+        assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+
+
+def begun(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 def torchrun(n: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *arguments]
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    process = begun(["--standalone", "--nproc-per-node", str(n), *arguments])
+    try:
+        output, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

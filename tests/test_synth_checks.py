@@ -10,16 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from e5core.contamination import evaluation_hashes, normalised, text_hash
 from e5core.records import RESPONSE_KEYS
 from e5core.synth.checks import check_fields, check_record, check_tasks, count_words, script_of
-from e5core.synth.duplicates import (
-    contaminated,
-    evaluation_hashes,
-    near_hashes,
-    normalised,
-    record_hash,
-    text_hash,
-)
+from e5core.synth.duplicates import contaminated, near_hashes, record_hash
 from e5core.synth.languages import load_languages
 from e5core.synth.prompts import Prompt, generate_request, load_kind
 from e5core.synth.replies import REASONS, Rejection, read_reply
@@ -411,12 +405,3 @@ def test_the_shipped_records_hold_no_text_of_the_shipped_evaluation_sets() -> No
     hashes = np.unique(np.concatenate(parts))
     assert len(hashes) > 10_000
     assert [fields for path in FILES for fields in lines(path) if contaminated(fields, hashes)] == []
-
-
-def test_a_folder_without_texts_or_with_a_broken_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("x", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds no text of an evaluation set"):
-        evaluation_hashes(tmp_path)
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: broken JSON"):
-        evaluation_hashes(tmp_path)

@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from e5core.config import load_config, write_config
+from e5core.contamination import evaluation_hashes
 from e5core.progress import Display
-from e5core.synth.duplicates import evaluation_hashes
 from e5core.synth.generate import Outcome, Run
 from e5core.synth.ledger import TRILLION, BudgetSpent
 from e5core.synth.outputs import write_outputs, write_training

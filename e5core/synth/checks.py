@@ -11,8 +11,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from e5core.contamination import normalised
 from e5core.records import RESPONSE_KEYS, BrokenRecord, checked_text
-from e5core.synth.duplicates import normalised
 from e5core.synth.languages import Language, Languages
 from e5core.synth.prompts import PAIR, TASKS_KEY, Kind, Prompt
 from e5core.synth.replies import Rejection, read_reply

@@ -56,7 +56,7 @@ class Run:
     def __init__(self, config: SynthConfig, evaluation: np.ndarray | None = None) -> None:
         """Open or begin the folder.
 
-        evaluation: (n,) uint64 of duplicates.evaluation_hashes, of sets that no record may come from.
+        evaluation: (n,) uint64 of contamination.evaluation_hashes, of sets that no record may come from.
         Raises RuntimeError if another process has it open, if it is damaged, or if it was begun with a config whose
         requests are others; what Plan raises.
         """

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from e5core.synth.duplicates import normalised, record_hash
+from e5core.contamination import normalised
+from e5core.synth.duplicates import record_hash
 from e5core.synth.shards import Place
 
 VERSION = 1  # of the tables

@@ -1,0 +1,80 @@
+"""Texts that training data shares with evaluation sets are found, told apart by set and side, and shown."""
+
+from pathlib import Path
+
+import pytest
+
+from e5core.contamination import Found, evaluation_hashes, find_overlap, occur, text_hash, text_hashes
+from e5core.records import Record, read_records
+from e5core.testsets import read_retrieval
+
+DATA = Path(__file__).parents[1] / "data"
+XQUAD, SCIFACT = DATA / "retrieval/xquad-en", DATA / "retrieval/scifact-small"
+
+
+def record(name: str, query: str, *positives: str, negatives: tuple[str, ...] = (), kind: str = "plain") -> Record:
+    return Record(id=name, task="t", query=query, positives=positives, negatives=negatives, source="s", kind=kind)
+
+
+def test_texts_of_a_set_are_counted_by_side_and_shown() -> None:
+    xquad, scifact = read_retrieval(XQUAD), read_retrieval(SCIFACT)
+    question, paragraph = next(iter(xquad.queries.values())), next(iter(xquad.documents.values()))
+    abstract = next(iter(scifact.documents.values()))  # its title and text, joined
+    records = [
+        record("clean", "who is it", "a person", negatives=("nobody",)),
+        record("a", question.upper(), "x", paragraph.replace(" ", "  "), negatives=("y", "z")),
+        record("b", "q", "p", negatives=(abstract,)),
+        record("c", question + " please", "p"),
+    ]
+    overlaps = find_overlap(iter(records), [XQUAD, SCIFACT])
+    assert list(overlaps) == [str(XQUAD), str(SCIFACT)]
+    first, second = overlaps.values()
+    assert (first.n_records, first.n_texts) == (1, {"query": 1, "positive": 1, "negative": 0})
+    assert first.examples == [
+        Found("a", "query", records[1].query),
+        Found("a", "positive", records[1].positives[1]),
+    ]
+    assert (second.n_records, second.n_texts) == (1, {"query": 0, "positive": 0, "negative": 1})
+    assert second.examples == [Found("b", "negative", abstract)]
+
+
+def test_every_record_counts_and_few_are_kept_as_examples() -> None:
+    questions = list(read_retrieval(XQUAD).queries.values())
+    records = [record(str(i), question, "p") for i, question in enumerate(questions)]
+    overlap = find_overlap(records, [XQUAD], n_examples=3)[str(XQUAD)]
+    assert overlap.n_records == overlap.n_texts["query"] == len(questions) == 1185
+    assert [found.record for found in overlap.examples] == ["0", "1", "2"]
+
+
+def test_labels_of_a_classification_are_no_contamination_and_its_text_is(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"text": "My card is lost", "label": "card lost"}', encoding="utf-8")
+    same = record("a", "x", "card lost", negatives=("card lost",), kind="long_short")
+    assert find_overlap([same], [tmp_path])[str(tmp_path)].n_records == 0
+    assert find_overlap([record("b", "my card is lost", "x", kind="long_short")], [tmp_path])[str(tmp_path)].n_records
+
+
+def test_the_shipped_records_share_no_text_with_the_shipped_sets() -> None:
+    records, _ = read_records(sorted((DATA / "synthetic").glob("*.jsonl")))
+    overlaps = find_overlap(records, [XQUAD, SCIFACT, DATA / "sts", DATA / "bitext", DATA / "classification"])
+    assert len(records) == 950 and [overlap.n_records for overlap in overlaps.values()] == [0] * 5
+
+
+def test_a_hash_is_looked_up_below_between_and_above_the_others() -> None:
+    hashes = text_hashes(["a", "b", "c"])
+    hashes.sort()
+    values = text_hashes(["a", "A ", "b", "c", "d", ""])
+    assert occur(values, hashes).tolist() == [True, True, True, True, False, False]
+    assert int(values[0]) == text_hash("a")
+    ends = hashes[[0, 0, -1, -1]]
+    ends[1] -= 1
+    ends[3] += 1
+    assert occur(ends, hashes).tolist() == [True, False, True, False]
+
+
+def test_a_folder_without_texts_or_with_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("x", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no text of an evaluation set"):
+        evaluation_hashes(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: broken JSON"):
+        find_overlap([], [tmp_path])

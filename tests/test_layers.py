@@ -52,6 +52,7 @@ FLOORS = (
 )
 ENTRY_IMPORTS = {  # other entries know no entry
     ("evaluate", "encode"),
+    ("mine", "encode"),
     ("train", "evaluate"),
     ("train", "encode"),
     ("verify_grad", "train"),

@@ -40,8 +40,9 @@ class BatchConfig:
     size: Annotated[int, Field(ge=1)] = 2048  # examples (queries) in one optimisation step (paper, appendix A)
     max_tokens: Annotated[int, Field(ge=3)] = 512  # of every text, BOS and EOS included (paper, appendix A)
     negatives: Annotated[int, Field(ge=0, le=15)] = 1  # hard negatives per query, at most (paper: 1)
-    micro_batch_tokens: Annotated[int, Field(ge=1)] = 8192  # tokens whose activations are in memory at once
-    recompute: Policy = "none"  # activations that a step computes twice instead of keeping them
+    # tokens whose activations are in memory at once; "auto": what suits the device's free memory (estimate.py)
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = 8192
+    recompute: Literal[Policy, "auto"] = "none"  # activations that a step computes twice instead of keeping them
     instruct_documents: tuple[Literal["sts", "bitext", "plain"], ...] = ()  # symmetric kinds with it on documents too
 
 

@@ -4,27 +4,33 @@ Everything that can be refused is refused here, before weights are read and befo
 file, a folder in use, a resumed run with another config.
 """
 
+import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from pydantic import Field
 
 from e5core import checkpoint
 from e5core.batches import BatchConfig
+from e5core.cards import card_of
 from e5core.config import existing, load_config, write_config
 from e5core.distributed import World, check_same, log, share
 from e5core.encoder import BackboneSource, settle_dtype
+from e5core.estimate import Plan, counted, make_plan
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
-from e5core.mixture import DataConfig
+from e5core.memory import Ranks, sizes_of
+from e5core.mixture import DataConfig, Mixture
 from e5core.optim import OptimConfig
 from e5core.testsets import EvalSet, read_sets
-from e5core.tokenizer import TokenizerConfig
+from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import read_config, resolve_model
 
 FREE_AT_RESUME = {("backbone", "dtype"), ("batch", "recompute")}  # dtype is checked apart; recompute moves no bit
+AUTO = "auto"  # settled when a run begins, and then kept
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +157,7 @@ def _check_same(stored: Config, config: Config, run: Path) -> None:
         return {f"{t}.{k}": v for t, table in tables.items() for k, v in table.items() if (t, k) not in FREE_AT_RESUME}
 
     old, new = comparable(stored), comparable(config)
-    changed = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in old if old[key] != new[key]]
+    changed = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in old if new[key] not in (old[key], AUTO)]
     if changed or config.backbone.dtype not in ("auto", stored.backbone.dtype):
         raise ValueError(
             f"{run} was begun with another config: {'; '.join(changed) or 'backbone.dtype'}; put it back, or start a "
@@ -170,3 +176,38 @@ def resolve_dtype(config: Config, run: Path, world: World) -> Config:
         name = str(dtype).removeprefix("torch.")
         log(f"dtype {name} ({why})")
     return replace(config, backbone=replace(config.backbone, dtype=name))
+
+
+def settle_batch(
+    config: Config, run: Path, mixture: Mixture, model_path: Path, dtype: torch.dtype, world: World
+) -> tuple[Config, Plan]:
+    """Settle what [batch] leaves to "auto": as the run began, else as the plan for rank 0's device says.
+
+    Returns the config without "auto", the same on all ranks, and its plan for this rank's device.
+    """
+    sizes = sizes_of(read_config(model_path, causal=config.backbone.causal), config.lora)
+    tokenizer = Tokenizer.load(model_path, config.tokenizer)
+    work = counted(mixture, tokenizer, config.batch, total_steps(config, mixture))
+    card, ranks, batch = card_of(world.device), Ranks(world.world_size), config.batch
+    if AUTO in (batch.micro_batch_tokens, batch.recompute):
+        resumed = config.train.resume and checkpoint.steps_of(run)
+        if world.is_main and resumed:
+            stored = load_config(Config, run / "config.toml").batch
+            chosen, why = (stored.micro_batch_tokens, stored.recompute), "as the run began"
+        else:
+            planned = make_plan(sizes, work, batch, "none", ranks, card, dtype)
+            chosen, why = planned.chosen.setting[1:], planned.why
+        tokens, policy = share(chosen, world)[0]
+        if batch.micro_batch_tokens == AUTO:
+            batch = replace(batch, micro_batch_tokens=tokens)
+        if batch.recompute == AUTO:
+            batch = replace(batch, recompute=policy)
+        log(f"micro_batch_tokens {batch.micro_batch_tokens}, recompute {batch.recompute} ({why})")
+    return replace(config, batch=batch), make_plan(sizes, work, batch, "none", ranks, card, dtype)
+
+
+def total_steps(config: Config, mixture: Mixture) -> int:
+    """Return the number of optimisation steps of the run."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return math.ceil(config.train.epochs * mixture.epoch_size / config.batch.size)

@@ -17,7 +17,6 @@ Rank 0 alone writes; the run's folder holds all that there is to say about it (c
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from torch import Tensor
 from e5core import checkpoint
 from e5core.adapter import read_adapter
 from e5core.batches import GlobalBatch, build_batch, pack
-from e5core.config import load_config
+from e5core.config import load_config, write_whole
 from e5core.distributed import (
     ALONE,
     World,
@@ -47,13 +46,24 @@ from e5core.distributed import (
 )
 from e5core.encode import TEMPLATE, Encoder, ShownEncoder, describe_device
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
+from e5core.estimate import Plan, describe
 from e5core.evaluate import evaluate, show_table
 from e5core.lora import adapters
 from e5core.loss import BatchLoss, LossConfig, infonce_loss
+from e5core.memory import as_table, is_out_of_memory, measured_peak
 from e5core.metrics import MetricsFile, Progress
 from e5core.mixture import Mixture, load_mixture
 from e5core.optim import AdamW, learning_rate
-from e5core.run import Config, check_files, check_folder, check_ranks, make_folder, resolve_dtype
+from e5core.run import (
+    Config,
+    check_files,
+    check_folder,
+    check_ranks,
+    make_folder,
+    resolve_dtype,
+    settle_batch,
+    total_steps,
+)
 from e5core.testsets import EvalSet
 from e5core.tokenizer import Tokenizer
 from e5core.weights import fingerprint
@@ -62,7 +72,7 @@ from e5core.weights import fingerprint
 def train(config: Config) -> dict[str, dict[str, float]]:
     """Run a training from config to evaluation.  Returns what RUN/evaluation.json holds.
 
-    Raises ValueError, OSError or FloatingPointError, each of which says what to do.
+    Raises ValueError, OSError, FloatingPointError or MemoryError, each of which says what to do.
     """
     world = start()
     device = world.device
@@ -78,6 +88,16 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     check_same({"hash of the training records": mixture.digest}, world)
     config = resolve_dtype(config, run, world)
     dtype, _ = choose_dtype(config.backbone.dtype, device)
+    config, planned = settle_batch(config, run, mixture, model_path, dtype, world)
+    with _explain_memory(planned):
+        return _run(config, run, mixture, model_path, planned, world)
+
+
+def _run(
+    config: Config, run: Path, mixture: Mixture, model_path: Path, planned: Plan, world: World
+) -> dict[str, dict[str, float]]:
+    """Do what `train` does, from the weights on."""
+    device, dtype = world.device, planned.dtype
     lora, causal, seed = config.lora, config.backbone.causal, config.train.seed
     recompute = config.batch.recompute
     model = build_model(model_path, dtype, device, causal=causal, lora=lora, seed=seed, recompute=recompute)
@@ -85,8 +105,9 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     resume_step = share(make_folder(run, config) if world.is_main else None, world)[0]
     if world.is_main:
         _show_start(config, mixture, encoder.tokenizer)
+        write_whole(run / "plan.txt", describe(planned))
     scores = _report(run, "before", encoder, config.eval.report)
-    _loop(config, run, encoder, mixture, model_path, resume_step)
+    _loop(config, run, encoder, mixture, model_path, planned, resume_step)
     best = share(checkpoint.read_best(run) if world.is_main else None, world)[0]
     if best is not None:
         read_adapter(checkpoint.step_folder(run, best["step"]), model.backbone)
@@ -96,13 +117,6 @@ def train(config: Config) -> dict[str, dict[str, float]]:
         show_table(scores)
     log(f"the run is in {run}")
     return scores
-
-
-def total_steps(config: Config, mixture: Mixture) -> int:
-    """Return the number of optimisation steps of the run."""
-    if config.train.steps is not None:
-        return config.train.steps
-    return math.ceil(config.train.epochs * mixture.epoch_size / config.batch.size)
 
 
 def backward_step(
@@ -150,7 +164,13 @@ def _blame(batch: GlobalBatch, rows: list[int]) -> str:
 
 
 def _loop(
-    config: Config, run: Path, encoder: Encoder, mixture: Mixture, model_path: Path, resume_step: int | None
+    config: Config,
+    run: Path,
+    encoder: Encoder,
+    mixture: Mixture,
+    model_path: Path,
+    planned: Plan,
+    resume_step: int | None,
 ) -> None:
     """Train from the resumed step (or the first) to the last, with logs, evaluations and checkpoints."""
     model, world, n_steps = encoder.model, encoder.world, total_steps(config, mixture)
@@ -162,6 +182,8 @@ def _loop(
     with _journal(config, run, n_steps, resume_step, world) as tell:
         for step in range(resume_step or 0, n_steps):
             logged = _train_step(config, encoder, mixture, optimizer, step, n_steps)
+            if step == (resume_step or 0) and world.is_main:
+                _show_peak(run, planned, encoder.device)
             done, metric = step + 1, config.eval.metric
             if config.eval.every and (done % config.eval.every == 0 or done == n_steps):
                 logged["eval"] = share(evaluate(encoder, config.eval.sets), world)[0]
@@ -243,6 +265,37 @@ def _check_moved(model: EmbeddingModel) -> None:
         )
 
 
+@contextmanager
+def _explain_memory(planned: Plan) -> Iterator[None]:
+    """Where memory runs out, raise MemoryError that says what was to take it and what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        setting = planned.chosen.setting
+        ways = f"lower batch.micro_batch_tokens (now {setting.micro_batch_tokens}; no text is ever split, so it cannot "
+        ways += "go below batch.max_tokens)"
+        if setting.recompute != "block":
+            ways += f", or set batch.recompute to mlp or block (now {setting.recompute})"
+        cause = str(error).partition("\n")[0] or "no more"
+        raise MemoryError(
+            f"out of memory: {cause}; the plan, in MiB of this rank:\n"
+            f"{as_table(planned.chosen.lines)}\n{ways}, or batch.size, where the loss takes it; begin it anew with "
+            "train.overwrite=true"
+        ) from error
+
+
+def _show_peak(run: Path, planned: Plan, device: torch.device) -> None:
+    """Put the plan's memory beside what the first step took, in the log and in RUN/plan.txt."""
+    predicted, (measured, what) = planned.chosen.peak_mib, measured_peak(device)
+    if device.type == "cpu":
+        predicted += planned.card.framework_mib
+    told = f"memory: {predicted:,.0f} MiB predicted, {measured:,.0f} MiB measured after a step ({what})"
+    log(f"MiB of rank 0 by plan:\n{as_table(planned.chosen.lines)}\n{told}")
+    write_whole(run / "plan.txt", f"{describe(planned)}{told}\n")
+
+
 def _trainable(model: EmbeddingModel) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -300,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         train(load_config(Config, arguments.config, arguments.overrides))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         log_error(f"e5core.train: {error}")
         return 2
     finish()

@@ -17,6 +17,7 @@ FLOORS = (
     (
         "ground",
         {
+            "cards",
             "config",
             "contamination",
             "distributed",
@@ -44,7 +45,7 @@ FLOORS = (
             "adapter",
         },
     ),
-    ("composition", {"encoder", "loss", "batches", "optim", "checkpoint", "run", "negatives"}),
+    ("composition", {"encoder", "loss", "batches", "optim", "checkpoint", "run", "negatives", "memory", "estimate"}),
     (
         "entries",
         {"train", "encode", "evaluate", "data", "mine", "merge", "export", "plan", "verify_grad", "report"},

@@ -358,5 +358,5 @@ def test_an_unknown_policy_is_refused_by_name(embedder: Path, tmp_path: Path, ca
     file = tmp_path / "config.toml"
     file.write_text(CONFIG.format(run=tmp_path / "run", model=embedder, data=SYNTHETIC / "en_sts.jsonl"))
     assert main([str(file), "batch.recompute=full"]) == 2
-    assert "batch.recompute: input should be 'none', 'mlp' or 'block'; got \"full\"" in capfd.readouterr().err
+    assert "batch.recompute: input should be 'none', 'mlp', 'block' or 'auto'; got \"full\"" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,204 @@
+"""What a rank holds at the fullest moment of a step, by arithmetic: no weights are loaded.
+
+That moment is in the backward pass, when it reaches the feed-forward of the last block and no activation is free yet.
+Kept till then, a token and block (e bytes an element; w = max(4, e); adapters on all linears, R wide; compiled ops):
+
+    attention      x, its rms (w), h = norm(x), q, k turned, v, out, log-sum-exp (H w), z of wq wk wv wo
+    feed-forward   x, its rms (w), h = norm(x), gate, up, act(gate) * up, z of w_gate w_up w_down
+
+Recompute "mlp" keeps of the feed-forward x alone, "block" keeps of a block x alone; the last block's share is then
+computed again while all the others' is there. The first block's x is the embedding, which needs no gradient, so its
+attention keeps none. Where an op has no compiled face on the device, its reference keeps more, and so it is counted:
+x in fp32 under a norm, act(gate), and attention's output twice.
+"""
+
+import resource
+import sys
+from typing import NamedTuple
+
+import torch
+
+from e5core.backbone import Backbone, BackboneConfig
+from e5core.cards import MIB
+from e5core.lora import LoraConfig, adapters, apply_lora
+from e5core.recompute import Policy
+from e5kernels import attention, dropout, infonce, rms_norm, swiglu
+
+
+class Sizes(NamedTuple):
+    """How many numbers a model has, and its shape."""
+
+    config: BackboneConfig
+    lora: LoraConfig
+    block: int  # in the frozen matrices of one block
+    norms: int  # in all norms
+    root: int  # in the token embeddings
+    adapters: int  # trainable
+    biases: int
+
+
+class Setting(NamedTuple):
+    """What plan chooses."""
+
+    strategy: str  # none, hybrid, full
+    micro_batch_tokens: int
+    recompute: Policy
+
+
+class Ranks(NamedTuple):
+    """How many processes, and how many of them share a node."""
+
+    world_size: int
+    per_node: int = 8
+
+    def shards(self, strategy: str) -> int:
+        """Return among how many ranks the model is divided."""
+        return {"none": 1, "hybrid": min(self.world_size, self.per_node), "full": self.world_size}[strategy]
+
+
+class Load(NamedTuple):
+    """What one rank has of one step."""
+
+    tokens: int  # of its fullest micro-batch
+    next_tokens: int  # of the one after it, 0 where there is none
+    all_tokens: int  # of the rank in the step
+    texts: int  # of the rank in the step
+    queries: int
+    candidates: int  # of all ranks
+
+
+def sizes_of(config: BackboneConfig, lora: LoraConfig) -> Sizes:
+    """Count a model's numbers on the model itself, without memory for them."""
+    with torch.device("meta"):
+        backbone = Backbone(config)
+        apply_lora(backbone, lora)
+    own = {name: p.numel() for name, p in backbone.named_parameters() if not p.requires_grad}
+    norms = sum(n for name, n in own.items() if "norm" in name)
+    biases = sum(n for name, n in own.items() if name.endswith(".bias"))
+    root = own["tok_embeddings.weight"]
+    trainable = sum(linear.lora_a.numel() + linear.lora_b.numel() for _, linear in adapters(backbone))
+    return Sizes(
+        config, lora, (sum(own.values()) - norms - biases - root) // config.n_layers, norms, root, trainable, biases
+    )
+
+
+def ledger(
+    sizes: Sizes, setting: Setting, ranks: Ranks, load: Load, dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
+    """Return the bytes of a rank by what they are for; their sum is its peak (what its framework keeps comes on top).
+
+    device: of a kind; it need not be there.
+    """
+    e, wide, n_layers = dtype.itemsize, max(4, dtype.itemsize), sizes.config.n_layers
+    shards = ranks.shards(setting.strategy)
+    block = sizes.block * e + wide * sizes.norms // n_layers + e * sizes.biases // n_layers
+    own_adapters = wide * sizes.adapters // shards
+    tokens = _Tokens(sizes, dtype, device)
+    first = tokens.kept(setting.recompute, load.tokens) + tokens.working(setting.recompute, load.tokens)
+    later = tokens.kept(setting.recompute, load.next_tokens) + tokens.working(setting.recompute, load.next_tokens)
+    gradients = wide * sizes.adapters if later + wide * sizes.adapters > first else 0  # the fullest goes first
+    at_peak = load.next_tokens if gradients else load.tokens
+    loss = _loss_bytes(sizes, load, wide, device)
+    working = tokens.working(setting.recompute, at_peak)
+    lines = {
+        "frozen weights": (block * n_layers + e * sizes.root) // shards,
+        "gathered units": 0 if shards == 1 else max(2 * block, block + e * sizes.root) + 2 * own_adapters // n_layers,
+        "adapters (fp32)": own_adapters,
+        "gradients of adapters": gradients,
+        "AdamW's moments": 2 * own_adapters,
+        "activations kept": tokens.kept(setting.recompute, at_peak),
+        "working memory (backward pass)": working,
+        "loss, beyond working memory": max(0, loss - working),
+        "token ids, embeddings and their gradient": 8 * load.all_tokens + 3 * load.texts * sizes.config.dim * wide,
+        "communication buffers": 0 if ranks.world_size == 1 else wide * sizes.adapters,
+    }
+    if shards == ranks.world_size > 1:
+        lines["communication buffers"] += 2 * load.candidates * sizes.config.dim * wide
+    return lines
+
+
+def as_table(lines: dict[str, int]) -> str:
+    """Write a ledger in MiB, a line each."""
+    return "\n".join(f"  {n_bytes / MIB:>12,.1f}  {name}" for name, n_bytes in lines.items())
+
+
+def measured_peak(device: torch.device) -> tuple[float, str]:
+    """Return the most MiB that this process has held so far, and what is counted."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB, "by torch's allocator"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB, "resident, loading and evaluation included"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that there is no more memory: Python's, CUDA's, or of torch's allocator on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _loss_bytes(sizes: Sizes, load: Load, wide: int, device: torch.device) -> int:
+    rows = 2 * (load.queries + load.candidates) * sizes.config.dim * wide  # and their gradients
+    dense = load.queries * load.candidates if infonce.face(device) == "reference" else 0
+    return rows + dense * (3 * wide + 3)  # scores and two forms of the logits, three masks
+
+
+class _Tokens:
+    """Bytes that tokens take in the model's graph."""
+
+    def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> None:
+        self.c, self.lora = sizes.config, sizes.lora
+        self.e, self.wide = dtype.itemsize, max(4, dtype.itemsize)
+        self.plain = {op: op.face(device) == "reference" for op in (attention, dropout, rms_norm, swiglu)}
+        self.q, self.kv = self.c.n_heads * self.c.head_dim, self.c.n_kv_heads * self.c.head_dim
+
+    def kept(self, policy: Policy, n_tokens: int) -> int:
+        """Return what n_tokens keep until their backward pass begins."""
+        c, x = self.c, self.c.dim * self.e
+        first = self._norm(c.dim)  # the first block's attention_norm has no gradient
+        halves = {
+            "none": c.n_layers * (self.attention() + self.feed()) - first,
+            "mlp": c.n_layers * (self.attention() + x) - first,
+            "block": c.n_layers * x,
+        }
+        angles = self.c.head_dim * self.wide * (1 if c.local_rope_theta is None else 2)
+        return n_tokens * (halves[policy] + angles + 8)  # 8: dropout's key
+
+    def working(self, policy: Policy, n_tokens: int) -> int:
+        """Return what the backward pass takes at the last block: replayed activations, gradients in flight."""
+        c, x = self.c, self.c.dim * self.e
+        in_flight = x + (x if c.post_norms else 0)
+        adapted, f = "w_down" in self.lora.targets, c.hidden_dim
+        in_flight += (2 if adapted else 3) * f * self.e  # of gate, up and their product, less the freed product
+        if adapted and self.lora.dropout:
+            drawn = f * self.e
+            if self.plain[dropout]:  # bits, mask, the product in wide, what is chosen from it
+                drawn = f * (2 + 2 * self.wide + (self.wide if self.e != self.wide else 0))
+            in_flight = max(in_flight, x + 2 * f * self.e + drawn)
+        shared = x if not self.plain[rms_norm] or self.e == self.wide else 0  # the replay's norm keeps the saved x
+        replayed = {"none": 0, "mlp": self.feed() - shared + x, "block": self.attention() + self.feed() - shared + x}
+        return n_tokens * (replayed[policy] + in_flight)
+
+    def attention(self) -> int:
+        """Return what a token keeps of x + attention(norm(x)) in one block."""
+        c, e = self.c, self.e
+        kept = self._norm(c.dim) + self._inputs(("wq", "wk", "wv"), c.dim) + self._inputs(("wo",), self.q)
+        kept += (self.q + 2 * self.kv) * e + c.n_heads * self.wide
+        if self.plain[attention] or "wo" not in self.lora.targets:
+            kept += self.q * e  # its output, which wo's adapter keeps too, is no other tensor
+        if c.qk_norm:
+            kept += (c.n_heads + c.n_kv_heads) * self._norm(c.head_dim)
+        return kept + (self._norm(c.dim) if c.post_norms else 0)
+
+    def feed(self) -> int:
+        """Return what a token keeps of x + feed_forward(norm(x)) in one block."""
+        c = self.c
+        kept = self._norm(c.dim) + self._inputs(("w_gate", "w_up"), c.dim) + self._inputs(("w_down",), c.hidden_dim)
+        kept += (3 if self.plain[swiglu] else 2) * c.hidden_dim * self.e
+        return kept + (self._norm(c.dim) if c.post_norms else 0)
+
+    def _norm(self, width: int) -> int:
+        return width * (self.wide if self.plain[rms_norm] else self.e) + self.wide
+
+    def _inputs(self, names: tuple[str, ...], width: int) -> int:
+        """Return what the adapters of linears with one input keep: that once, and a z each."""
+        n_adapted = sum(name in self.lora.targets for name in names)
+        return (width + n_adapted * self.lora.rank) * self.e if n_adapted else 0

@@ -1,0 +1,326 @@
+"""A plan's memory is what is allocated, its products are what runs, its formulas are those of paper and pencil."""
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faces import BUILT
+from models import SIZES, VARIANTS, randomised, save_embedder
+from test_train import CONFIG, ROOT, SYNTHETIC, batch_of
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from e5core.batches import BatchConfig, pack
+from e5core.cards import CARDS
+from e5core.config import load_config
+from e5core.encoder import EmbeddingModel, build_model
+from e5core.estimate import Workload, assumed, estimate, flops_per_token, make_plan, traffic_of
+from e5core.lora import LoraConfig
+from e5core.loss import LossConfig
+from e5core.memory import Load, Ranks, Setting, Sizes, ledger, sizes_of
+from e5core.plan import main
+from e5core.recompute import Policy
+from e5core.run import Config
+from e5core.train import backward_step
+from e5core.train import main as train_main
+from e5core.weights import read_config
+
+CPU, WHOLE = torch.device("cpu"), 100_000
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096,
+    "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+each_policy = pytest.mark.parametrize("policy", ["none", "mlp", "block"])
+
+
+@pytest.fixture(scope="module")
+def seven_b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with Mistral-7B's config.json and nothing else."""
+    folder = tmp_path_factory.mktemp("seven_b")
+    (folder / "config.json").write_text(json.dumps(MISTRAL))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sizes(seven_b: Path) -> Sizes:
+    return sizes_of(read_config(seven_b), LoraConfig())
+
+
+def save_wider(variant: str, folder: Path) -> Path:
+    """Save a tiny model whose proportions are a real one's, with a tokenizer."""
+    save_embedder(folder)
+    config_class, model_class, changes = VARIANTS[variant]
+    sizes = SIZES | changes | {"vocab_size": 259, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": None}
+    sizes |= {"hidden_size": 96, "intermediate_size": 288, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    randomised(model_class(config_class(**sizes))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_wider("mistral", tmp_path_factory.mktemp("wider"))
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """Add up what torch's CPU allocator gives and takes back during a run.  Returns the most that was live."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    changes = [(event.start_ns(), i, event.nbytes()) for i, event in enumerate(events) if event.name() == "[memory]"]
+    live = peak = 0
+    for _, _, n_bytes in sorted(changes):
+        live += n_bytes
+        peak = max(peak, live)
+    return peak
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of all matrix products, by their operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        name = op.overloadpacket
+        if name in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.total += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return op(*args, **(kwargs or {}))
+
+
+def built(folder: Path, policy: Policy, dropout: float, dtype: torch.dtype = torch.float32) -> EmbeddingModel:
+    lora = LoraConfig(rank=4, dropout=dropout)
+    return build_model(folder, dtype, CPU, causal=True, lora=lora, seed=0, recompute=policy)
+
+
+def predicted_over_counted(
+    folder: Path, policy: Policy, budget: int, dropout: float, dtype: torch.dtype = torch.float32
+) -> float:
+    """Hold the ledger, less what was there before the step, against the allocations of a step."""
+    model, batch = built(folder, policy, dropout, dtype), batch_of(folder, n=16)
+    counted = allocated_peak(lambda: backward_step(model, batch, LossConfig(), budget, (0, 0)))
+    pieces = sorted((len(piece.tokens) for piece in pack(batch.sequences, budget, CPU)), reverse=True)
+    load = Load(pieces[0], (*pieces, 0)[1], batch.n_tokens, len(batch.sequences), 16, 32)
+    lines = ledger(
+        sizes_of(model.backbone.config, LoraConfig(rank=4, dropout=dropout)),
+        Setting("none", budget, policy), Ranks(1), load, dtype, CPU,
+    )  # fmt: skip
+    before = ("frozen weights", "adapters (fp32)", "AdamW's moments")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    assert [lines[name] for name in before] == [weights, trained, 2 * trained]
+    return sum(n_bytes for name, n_bytes in lines.items() if name not in before) / counted
+
+
+@BUILT
+@each_policy
+@pytest.mark.parametrize("budget", [250, 1000, WHOLE])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_s_peak_is_predicted_to_5_percent(policy: Policy, budget: int, dropout: float, folder: Path) -> None:
+    assert predicted_over_counted(folder, policy, budget, dropout) == pytest.approx(1, abs=0.05)
+
+
+@BUILT
+@each_policy
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3", "gemma3"])
+def test_so_it_is_for_other_families(policy: Policy, variant: str, tmp_path: Path) -> None:
+    save_wider(variant, tmp_path)
+    assert predicted_over_counted(tmp_path, policy, 250, 0.1) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [("none", torch.float32), ("mlp", torch.float32), ("block", torch.float32), ("none", torch.bfloat16)],
+)
+def test_so_it_is_where_no_op_is_compiled(
+    policy: Policy, dtype: torch.dtype, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("e5kernels.native.AVAILABLE", False)
+    assert predicted_over_counted(folder, policy, 250, 0.1, dtype) == pytest.approx(1, abs=0.08)
+
+
+@BUILT
+@each_policy
+@pytest.mark.parametrize("budget", [1000, WHOLE])
+def test_a_step_s_products_are_counted_exactly(policy: Policy, budget: int, folder: Path) -> None:
+    model, batch = built(folder, policy, 0.0), batch_of(folder, n=16)
+    with Products() as counter:
+        backward_step(model, batch, LossConfig(), budget, (0, 0))
+    fullest = max(len(piece.tokens) for piece in pack(batch.sequences, budget, CPU))
+    sizes = sizes_of(model.backbone.config, LoraConfig(rank=4))
+    forward, backward, again = flops_per_token(sizes, 0.0, policy)  # without attention's scores, which are no mm
+    expected = batch.n_tokens * (2 * forward + backward + again) - fullest * forward
+    c = model.backbone.config
+    n_qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+    expected -= 2 * batch.n_tokens * (c.dim * n_qkv + 3 * c.dim * 4)  # the embedding needs no gradient
+    expected += 3 * 2 * 16 * 32 * c.dim  # the loss
+    assert counter.total == expected
+
+
+def test_the_paper_s_adapters_are_41_943_040_numbers(sizes: Sizes) -> None:
+    assert sizes.adapters == 41_943_040
+    assert sizes.block == 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert 32 * sizes.block + sizes.norms + sizes.root == 7_110_660_096  # Mistral-7B less its 131,072,000 of the head
+
+
+def test_traffic_is_what_paper_and_pencil_give(sizes: Sizes) -> None:
+    bf16, candidates = torch.bfloat16, 4096
+    alone, node, cluster = Ranks(1), Ranks(8), Ranks(64)
+    assert traffic_of(sizes, "none", alone, 5, candidates, bf16) == (0, 0, 0)
+    got = traffic_of(sizes, "none", node, 5, candidates, bf16)
+    assert got == (0, 2 * 7 / 8 * 4 * 41_943_040, 2 * 7 / 8 * 4096 * 4096 * 4)
+    blocks = 2 * 32 * 218_103_808 + 4 * 65 * 4096 + 4 * 41_943_040  # bf16 matrices, fp32 norms and adapters
+    embeddings = 2 * 32_000 * 4096
+    got = traffic_of(sizes, "full", node, 5, candidates, bf16)  # 4 forwards; forward and backward of all 5
+    assert got.units == 7 / 8 * (14 * blocks + 9 * embeddings)
+    assert got.gradients == 7 / 8 * 4 * 41_943_040
+    assert traffic_of(sizes, "full", node, 1, candidates, bf16).units == 7 / 8 * (2 * blocks + embeddings)
+    got = traffic_of(sizes, "hybrid", cluster, 5, candidates, bf16)
+    assert got.units == 7 / 8 * (14 * blocks + 9 * embeddings)
+    assert got.gradients == (7 / 8 + 2 * 7 / 8 / 8) * 4 * 41_943_040
+
+
+def test_shards_divide_what_is_frozen_and_what_adamw_holds(sizes: Sizes) -> None:
+    load = Load(8192, 8192, 100_000, 768, 256, 4096)
+    whole, shard = (
+        ledger(sizes, Setting(strategy, 8192, "none"), Ranks(8), load, torch.bfloat16, torch.device("cuda"))
+        for strategy in ("none", "full")
+    )
+    for name in ("frozen weights", "adapters (fp32)", "AdamW's moments"):
+        assert shard[name] == pytest.approx(whole[name] / 8, abs=1)
+    block = 2 * 218_103_808 + 4 * 41_943_040 // 32 // 8  # and its norms; the other gathers its adapters too
+    assert 2 * block < shard["gathered units"] < 2.02 * block
+    assert shard["activations kept"] == whole["activations kept"]
+    assert sum(shard.values()) < sum(whole.values())
+
+
+def paper_plan(sizes: Sizes, card: str, world_size: int = 1, strategy: str = "auto") -> tuple[Setting, bool]:
+    batch = BatchConfig(micro_batch_tokens="auto", recompute="auto")
+    ranks = Ranks(world_size)
+    made = make_plan(sizes, assumed(batch, 879), batch, strategy, ranks, CARDS[card], torch.bfloat16)
+    return made.chosen.setting, made.does_fit
+
+
+def test_the_choice_follows_the_card(sizes: Sizes) -> None:
+    chosen = {card: paper_plan(sizes, card) for card in ("rtx4090", "a100-40", "a100-80", "h100", "h200")}
+    assert all(fits and setting.strategy == "none" for setting, fits in chosen.values())
+    tokens = [setting.micro_batch_tokens for setting, _ in chosen.values()]
+    assert tokens == sorted(tokens) and tokens[0] < tokens[1] < tokens[2] < tokens[-1]
+    assert chosen["a100-80"][0] == chosen["h100"][0]  # as much memory
+    assert paper_plan(sizes, "h100", 8)[0].strategy == "none"  # a 7B fits; to gather it gains nothing
+    small = replace(CARDS["rtx4090"], memory_mib=12_000)
+    batch = BatchConfig(micro_batch_tokens="auto", recompute="auto")
+    for world_size, fits, strategy in ((1, False, "none"), (8, True, "full")):
+        work = assumed(batch, 879)
+        made = make_plan(sizes, work, batch, "auto", Ranks(world_size), small, torch.bfloat16)
+        assert (made.does_fit, made.chosen.setting.strategy) == (fits, strategy)
+        assert ("NOTHING FITS" in made.why) is not fits
+
+
+def test_a_setting_that_is_given_is_kept_and_a_small_batch_is_one_pass(sizes: Sizes) -> None:
+    work = Workload(
+        n_steps=10, batch_size=4, candidates=2.0, tokens=300, spread=0, longest=200, seen=50, source="here"
+    )  # fmt: skip
+    batch = BatchConfig(size=4, micro_batch_tokens=700, recompute="mlp")
+    made = make_plan(sizes, work, batch, "none", Ranks(1), CARDS["h100"], torch.bfloat16)
+    assert made.chosen.setting == ("none", 700, "mlp") and made.chosen.n_micro_batches == 2
+    forward, backward, again = flops_per_token(sizes, 50, "mlp")
+    assert made.chosen.flops == pytest.approx(1200 * (forward * (2 - 700 / 1200) + backward + again))
+    one = make_plan(
+        sizes, work, replace(batch, micro_batch_tokens="auto"), "none", Ranks(1), CARDS["h100"], torch.bfloat16
+    )
+    assert one.chosen.setting.micro_batch_tokens == 1216 and one.chosen.n_micro_batches == 1
+    slow = estimate(sizes, work, one.chosen.setting, Ranks(8), CARDS["rtx4090"], torch.bfloat16)
+    assert slow.exposed_s >= slow.hidden_s
+
+
+@pytest.fixture
+def config_file(folder: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "config.toml"
+    file.write_text(CONFIG.format(run=tmp_path / "run", model=folder, data=SYNTHETIC / "en_sts.jsonl"))
+    return file
+
+
+AUTO = ["batch.micro_batch_tokens=auto", "batch.recompute=auto"]
+
+
+def test_training_settles_auto_tells_its_memory_and_keeps_to_it_when_resumed(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train_main([str(config_file), *AUTO, "train.steps=2"]) == 0
+    told = capfd.readouterr().err
+    batch = load_config(Config, run / "config.toml").batch
+    assert batch.recompute == "none" and 500 < batch.micro_batch_tokens < 5000  # a whole step fits this machine
+    assert f"micro_batch_tokens {batch.micro_batch_tokens}, recompute none" in told
+    plan_text = (run / "plan.txt").read_text()
+    for shown in (told, plan_text):
+        assert "activations kept" in shown
+        predicted, measured = re.search(r"memory: ([\d,]+) MiB predicted, ([\d,]+) MiB measured", shown).groups()
+        assert int(predicted.replace(",", "")) > 100 and int(measured.replace(",", "")) > 100
+    saved = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(saved.replace(f"= {batch.micro_batch_tokens}\n", "= 130\n"))
+    assert train_main([str(config_file), *AUTO, "train.steps=2", "train.resume=true"]) == 0
+    assert "micro_batch_tokens 130, recompute none (as the run began)" in capfd.readouterr().err
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import torch
+from e5core.train import main
+torch.ones(300, 300) @ torch.ones(300, 300)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 600 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_where_memory_runs_out_the_run_ends_with_its_plan_and_what_to_lower(config_file: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LITTLE_MEMORY, str(config_file), "batch.size=900", "train.steps=1"]
+    command += ["batch.micro_batch_tokens=100000"]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "out of memory" in result.stderr and "Traceback" not in result.stderr
+    assert "activations kept" in result.stderr and "lower batch.micro_batch_tokens (now 100000" in result.stderr
+
+
+def test_the_command_line_plans_the_paper_s_run_from_config_json_alone(
+    seven_b: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command = ["configs/e5_mistral_7b.toml", f"backbone.path={seven_b}", "--gpu", "h100", "--steps", "879"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "41,943,040 trainable" in shown and "879 steps of 2,048 examples" in shown
+    assert "log-normal, assumed" in shown and "predicted, not measured" in shown
+    assert "strategy = none  micro_batch_tokens = 8192  recompute = none" in shown
+    assert main([*command, "--gpu", "rtx4090"]) == 1
+    assert "IT DOES NOT FIT" in capsys.readouterr().out
+    assert main(["configs/e5_mistral_7b.toml", "backbone.path=./none"]) == 2
+    assert "no such model" in capsys.readouterr().err
+
+
+def test_the_command_line_counts_tokens_and_steps_where_it_can(
+    config_file: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config_file), "--gpu", "cpu", "--strategy", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert "6 steps of 8 examples" in shown and "examples of the training records, tokenised" in shown
+    assert "strategy = none  micro_batch_tokens = 400  recompute = none" in shown

@@ -11,3 +11,4 @@ python -m pytest -q -p no:cacheprovider -m "gpu or not slow" tests/test_infonce.
 python -m pytest -q -p no:cacheprovider -m gpu tests
 python -m pytest -q -p no:cacheprovider tests/test_shipped_configs.py # a tiny model of every family, trained on the GPU
 python -m bench.train_step --device cuda --batch 64 --micro-batch-tokens 8192 --out "$out/train_step.jsonl"
+python -m bench.plan --device cuda --tokens 4096 16384 --out "$out/plan.jsonl"

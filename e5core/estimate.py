@@ -9,40 +9,22 @@ to reduce-scatter, twice that to all-reduce. A model in shards is gathered for e
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from statistics import NormalDist, fmean, pstdev
 from typing import NamedTuple, get_args
 
 import torch
 
-from e5core.batches import BatchConfig, build_batch
+from e5core.batches import BatchConfig
 from e5core.cards import LINK_EFFICIENCY, MIB, Card
 from e5core.memory import Load, Ranks, Setting, Sizes, as_table, ledger
-from e5core.mixture import Mixture
 from e5core.recompute import Policy
-from e5core.tokenizer import Tokenizer
+from e5core.workload import Workload
 
 STRATEGIES = ("none", "hybrid", "full")
 FILL = 0.9  # of a card's memory: the ledger's own error and torch's unused pieces stay below the rest
-SAMPLE = 512  # examples that are tokenised to know the lengths of all
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 CLOSE = 1.01  # of the least time: that far the simplest strategy and policy are preferred, as listed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """A run as a machine sees it."""
-
-    n_steps: int
-    batch_size: int
-    candidates: float  # of an example
-    tokens: float  # of an example, all its texts
-    spread: float  # standard deviation of that
-    longest: int  # of a text
-    seen: float  # keys that a token attends to, itself included, in a layer without window
-    source: str  # of these figures
 
 
 class Traffic(NamedTuple):
@@ -80,44 +62,6 @@ class Estimate:
     def exposed_s(self) -> float:
         """A step in which nothing is hidden."""
         return self.compute_s + self.gather_s + self.reduce_s
-
-
-def counted(mixture: Mixture, tokenizer: Tokenizer, batch: BatchConfig, n_steps: int) -> Workload:
-    """Count tokens by tokenising a sample: the run's first examples, as its batches have them."""
-    n = min(SAMPLE, mixture.epoch_size)  # of an epoch that has begun: a plan must not begin one
-    sample = build_batch(mixture.batch(0, n), tokenizer, batch, seed=0, step=0)
-    lengths = list(map(len, sample.sequences))
-    examples = lengths[:n]
-    for owner, length in zip(sample.relations.owner.tolist(), lengths[n:], strict=True):
-        examples[owner] += length
-    return _workload(n_steps, batch, examples, lengths, f"{n} examples of the training records, tokenised")
-
-
-def assumed(batch: BatchConfig, n_steps: int) -> Workload:
-    """Take log-normal lengths (DESIGN section 5, workload W64: 401 tokens a triple) where there is nothing to count."""
-    n, normal = 64, NormalDist()
-    points = [normal.inv_cdf((i + 0.5) / n) for i in range(n)]
-    queries = [min(256, batch.max_tokens, max(16, int(math.exp(3.8 + 0.5 * z)))) for z in points]
-    documents = [min(512, batch.max_tokens, max(16, int(math.exp(4.9 + 0.8 * z)))) for z in points]
-    steps = [17 * (k + 1) for k in range(1 + batch.negatives)]  # which document stands beside which query
-    texts = [[query, *(documents[(i * step) % n] for step in steps)] for i, query in enumerate(queries)]
-    lengths = [length for own in texts for length in own]
-    return _workload(n_steps, batch, list(map(sum, texts)), lengths, "log-normal, assumed: no records and tokenizer")
-
-
-def _workload(
-    n_steps: int, batch: BatchConfig, examples: Sequence[int], lengths: Sequence[int], source: str
-) -> Workload:
-    return Workload(
-        n_steps=n_steps,
-        batch_size=batch.size,
-        candidates=len(lengths) / len(examples) - 1,
-        tokens=fmean(examples),
-        spread=pstdev(examples),
-        longest=max(lengths),
-        seen=sum(n * (n + 1) / 2 for n in lengths) / sum(lengths),
-        source=source,
-    )
 
 
 def flops_per_token(sizes: Sizes, seen: float, policy: Policy) -> tuple[float, float, float]:

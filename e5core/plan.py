@@ -16,12 +16,13 @@ from e5core.cards import CARDS, card_of
 from e5core.config import load_config
 from e5core.distributed import alone, log_error
 from e5core.encoder import choose_dtype
-from e5core.estimate import STRATEGIES, Plan, Workload, assumed, counted, describe, make_plan
+from e5core.estimate import STRATEGIES, Plan, describe, make_plan
 from e5core.memory import Ranks, sizes_of
 from e5core.mixture import load_mixture
 from e5core.run import Config, total_steps
 from e5core.tokenizer import Tokenizer
 from e5core.weights import read_config, resolve_model
+from e5core.workload import Workload, assumed, counted
 
 
 def plan(

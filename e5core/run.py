@@ -19,7 +19,7 @@ from e5core.cards import card_of
 from e5core.config import existing, load_config, write_config
 from e5core.distributed import World, check_same, log, share
 from e5core.encoder import BackboneSource, settle_dtype
-from e5core.estimate import Plan, counted, make_plan
+from e5core.estimate import Plan, make_plan
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
 from e5core.memory import Ranks, sizes_of
@@ -28,6 +28,7 @@ from e5core.optim import OptimConfig
 from e5core.testsets import EvalSet, read_sets
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import read_config, resolve_model
+from e5core.workload import counted
 
 FREE_AT_RESUME = {("backbone", "dtype"), ("batch", "recompute")}  # dtype is checked apart; recompute moves no bit
 AUTO = "auto"  # settled when a run begins, and then kept

@@ -45,7 +45,21 @@ FLOORS = (
             "adapter",
         },
     ),
-    ("composition", {"encoder", "loss", "batches", "optim", "checkpoint", "run", "negatives", "memory", "estimate"}),
+    (
+        "composition",
+        {
+            "encoder",
+            "loss",
+            "batches",
+            "optim",
+            "checkpoint",
+            "run",
+            "negatives",
+            "memory",
+            "workload",
+            "estimate",
+        },
+    ),
     (
         "entries",
         {"train", "encode", "evaluate", "data", "mine", "merge", "export", "plan", "verify_grad", "report"},

@@ -23,7 +23,7 @@ from e5core.batches import BatchConfig, pack
 from e5core.cards import CARDS
 from e5core.config import load_config
 from e5core.encoder import EmbeddingModel, build_model
-from e5core.estimate import Workload, assumed, estimate, flops_per_token, make_plan, traffic_of
+from e5core.estimate import estimate, flops_per_token, make_plan, traffic_of
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
 from e5core.memory import Load, Ranks, Setting, Sizes, ledger, sizes_of
@@ -33,6 +33,7 @@ from e5core.run import Config
 from e5core.train import backward_step
 from e5core.train import main as train_main
 from e5core.weights import read_config
+from e5core.workload import Workload, assumed
 
 CPU, WHOLE = torch.device("cpu"), 100_000
 MISTRAL = {

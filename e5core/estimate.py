@@ -1,8 +1,9 @@
 """A training run before it begins: its work, its traffic between ranks, its time, and the settings that suit a card.
 
 Products a token, of N frozen matrix weights, adapters of A numbers, V keys that a token sees on average over layers of
-H heads: forward 2 N + 2 A + 4 V H head_dim a layer, backward 2 N + 4 A + 10 V H head_dim. The fullest micro-batch is
-embedded once, all others twice (train.py). Recompute repeats a part of the forward pass (recompute.py).
+H heads: forward 2 N + 2 A + 4 V H head_dim a layer, backward 2 N + 4 A + 10 V H head_dim. The last layer has nearly
+all of them for last tokens alone. The fullest micro-batch is embedded once, all others twice (train.py). Recompute
+repeats a part of the forward pass (recompute.py).
 
 Traffic is what one rank receives in a step, and sends as much; n numbers over W ranks cost n (W - 1) / W to gather or
 to reduce-scatter, twice that to all-reduce. A model in shards is gathered for every forward and every backward pass.
@@ -64,23 +65,37 @@ class Estimate:
         return self.compute_s + self.gather_s + self.reduce_s
 
 
-def flops_per_token(sizes: Sizes, seen: float, policy: Policy) -> tuple[float, float, float]:
-    """Return the products of a forward pass, of a backward pass and of what the policy computes again."""
-    c = sizes.config
-    frozen, adapters = sizes.block, sizes.adapters / c.n_layers
-    scores = 0.0
-    for layer in range(c.n_layers):
-        window = c.window_of(layer)
-        keys = seen if c.causal else 2 * seen - 1
-        scores += (keys if window is None else min(keys, window)) * c.n_heads * c.head_dim
-    forward = c.n_layers * 2 * (frozen + adapters) + 4 * scores
-    backward = c.n_layers * (2 * frozen + 4 * adapters) + 10 * scores
-    adapted = sum(name in sizes.lora.targets for name in ("w_gate", "w_up", "w_down"))
-    feed = 3 * c.dim * c.hidden_dim + adapted * sizes.lora.rank * (c.dim + c.hidden_dim)
-    is_read = c.post_norms or "w_down" not in sizes.lora.targets  # else w_down's product is not computed again
-    spared = 0 if is_read else c.dim * (c.hidden_dim + sizes.lora.rank)
-    again = {"none": 0, "mlp": 2 * c.n_layers * (feed - spared), "block": forward - 2 * c.n_layers * spared}
+def flops_of(
+    sizes: Sizes, tokens: float, texts: float, seen: tuple[float, float], policy: Policy
+) -> tuple[float, float, float]:
+    """Return the products of a forward pass, of a backward pass and of what the policy computes again.
+
+    tokens, texts: how many; of the last layer, all but keys and values is computed for a text's last token alone.
+    seen: keys that a token attends to, itself included, in a layer without window, and those of a last token.
+    """
+    c, lora = sizes.config, sizes.lora
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    frozen, adapters = sizes.block, sizes.adapters // c.n_layers
+    late_frozen = frozen - 2 * c.dim * kv  # of a layer: what last tokens alone pass in the last one
+    late_adapters = adapters - sum(name in lora.targets for name in ("wk", "wv")) * lora.rank * (c.dim + kv)
+    whole, late = (c.n_layers - 1) * tokens, texts  # rows of these parts, all layers together
+    scores = late * _keys(seen[1], c.window_of(c.n_layers - 1)) * q
+    for layer in range(c.n_layers - 1):
+        scores += tokens * _keys(seen[0] if c.causal else 2 * seen[0] - 1, c.window_of(layer)) * q
+    n_frozen = whole * frozen + tokens * (frozen - late_frozen) + late * late_frozen
+    n_adapters = whole * adapters + tokens * (adapters - late_adapters) + late * late_adapters
+    forward = 2 * (n_frozen + n_adapters) + 4 * scores
+    backward = 2 * n_frozen + 4 * n_adapters + 10 * scores
+    adapted = sum(name in lora.targets for name in ("w_gate", "w_up", "w_down"))
+    feed = 3 * c.dim * c.hidden_dim + adapted * lora.rank * (c.dim + c.hidden_dim)
+    is_read = c.post_norms or "w_down" not in lora.targets  # else w_down's product is not computed again
+    spared = 0 if is_read else c.dim * (c.hidden_dim + lora.rank)
+    again = {"none": 0, "mlp": 2 * (whole + late) * (feed - spared), "block": forward - 2 * (whole + late) * spared}
     return forward, backward, again[policy]
+
+
+def _keys(seen: float, window: int | None) -> float:
+    return seen if window is None else min(seen, window)
 
 
 def estimate(sizes: Sizes, work: Workload, setting: Setting, ranks: Ranks, card: Card, dtype: torch.dtype) -> Estimate:
@@ -100,9 +115,9 @@ def estimate(sizes: Sizes, work: Workload, setting: Setting, ranks: Ranks, card:
         queries=queries,
         candidates=candidates,
     )
-    forward, backward, again = flops_per_token(sizes, work.seen, setting.recompute)
-    kept = min(1.0, fullest / mean)
-    flops = mean * (forward * (2 - kept) + backward + again)
+    texts = work.batch_size * (1 + work.candidates) / ranks.world_size
+    forward, backward, again = flops_of(sizes, mean, texts, (work.seen, mean / texts), setting.recompute)
+    flops = forward * (2 - min(1.0, fullest / mean)) + backward + again
     traffic = traffic_of(sizes, setting.strategy, ranks, n_micro, candidates, dtype)
     passes = 3 * n_micro - 1  # each reads the weights once, beside its products
     reading = passes * sizes.config.n_layers * sizes.block * dtype.itemsize / card.bandwidth

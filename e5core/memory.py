@@ -1,12 +1,13 @@
 """What a rank holds at the fullest moment of a step, by arithmetic: no weights are loaded.
 
-That moment is in the backward pass, when it reaches the feed-forward of the last block and no activation is free yet.
+That moment is in the backward pass, when it reaches the feed-forward of the last block but one and no activation before
+it is free yet; the last block, which has little but keys and values of all tokens, is done and free by then.
 Kept till then, a token and block (e bytes an element; w = max(4, e); adapters on all linears, R wide; compiled ops):
 
     attention      x, its rms (w), h = norm(x), q, k turned, v, out, log-sum-exp (H w), z of wq wk wv wo
     feed-forward   x, its rms (w), h = norm(x), gate, up, act(gate) * up, z of w_gate w_up w_down
 
-Recompute "mlp" keeps of the feed-forward x alone, "block" keeps of a block x alone; the last block's share is then
+Recompute "mlp" keeps of the feed-forward x alone, "block" keeps of a block x alone; that block's share is then
 computed again while all the others' is there. The first block's x is the embedding, which needs no gradient, so its
 attention keeps none. Where an op has no compiled face on the device, its reference keeps more, and so it is counted:
 x in fp32 under a norm, act(gate), and attention's output twice.
@@ -154,16 +155,17 @@ class _Tokens:
         """Return what n_tokens keep until their backward pass begins."""
         c, x = self.c, self.c.dim * self.e
         first = self._norm(c.dim)  # the first block's attention_norm has no gradient
+        n_layers = max(1, c.n_layers - 1)  # the last block's is free
         halves = {
-            "none": c.n_layers * (self.attention() + self.feed()) - first,
-            "mlp": c.n_layers * (self.attention() + x) - first,
-            "block": c.n_layers * x,
+            "none": n_layers * (self.attention() + self.feed()) - first,
+            "mlp": n_layers * (self.attention() + x) - first,
+            "block": n_layers * x,
         }
         angles = self.c.head_dim * self.wide * (1 if c.local_rope_theta is None else 2)
         return n_tokens * (halves[policy] + angles + 8)  # 8: dropout's key
 
     def working(self, policy: Policy, n_tokens: int) -> int:
-        """Return what the backward pass takes at the last block: replayed activations, gradients in flight."""
+        """Return what the backward pass takes at the last block but one: replayed activations, gradients in flight."""
         c, x = self.c, self.c.dim * self.e
         in_flight = x + (x if c.post_norms else 0)
         adapted, f = "w_down" in self.lora.targets, c.hidden_dim

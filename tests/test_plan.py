@@ -23,7 +23,7 @@ from e5core.batches import BatchConfig, pack
 from e5core.cards import CARDS
 from e5core.config import load_config
 from e5core.encoder import EmbeddingModel, build_model
-from e5core.estimate import estimate, flops_per_token, make_plan, traffic_of
+from e5core.estimate import estimate, flops_of, make_plan, traffic_of
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
 from e5core.memory import Load, Ranks, Setting, Sizes, ledger, sizes_of
@@ -161,10 +161,12 @@ def test_a_step_s_products_are_counted_exactly(policy: Policy, budget: int, fold
     model, batch = built(folder, policy, 0.0), batch_of(folder, n=16)
     with Products() as counter:
         backward_step(model, batch, LossConfig(), budget, (0, 0))
-    fullest = max(len(piece.tokens) for piece in pack(batch.sequences, budget, CPU))
+    fullest = max(pack(batch.sequences, budget, CPU), key=lambda piece: len(piece.tokens))
     sizes = sizes_of(model.backbone.config, LoraConfig(rank=4))
-    forward, backward, again = flops_per_token(sizes, 0.0, policy)  # without attention's scores, which are no mm
-    expected = batch.n_tokens * (2 * forward + backward + again) - fullest * forward
+    unseen = (0.0, 0.0)  # attention's scores are no mm
+    forward, backward, again = flops_of(sizes, batch.n_tokens, len(batch.sequences), unseen, policy)
+    once, *_ = flops_of(sizes, len(fullest.tokens), len(fullest.rows), unseen, policy)
+    expected = 2 * forward + backward + again - once
     c = model.backbone.config
     n_qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
     expected -= 2 * batch.n_tokens * (c.dim * n_qkv + 3 * c.dim * 4)  # the embedding needs no gradient
@@ -239,8 +241,8 @@ def test_a_setting_that_is_given_is_kept_and_a_small_batch_is_one_pass(sizes: Si
     batch = BatchConfig(size=4, micro_batch_tokens=700, recompute="mlp")
     made = make_plan(sizes, work, batch, "none", Ranks(1), CARDS["h100"], torch.bfloat16)
     assert made.chosen.setting == ("none", 700, "mlp") and made.chosen.n_micro_batches == 2
-    forward, backward, again = flops_per_token(sizes, 50, "mlp")
-    assert made.chosen.flops == pytest.approx(1200 * (forward * (2 - 700 / 1200) + backward + again))
+    forward, backward, again = flops_of(sizes, 1200, 12, (50, 100), "mlp")
+    assert made.chosen.flops == pytest.approx(forward * (2 - 700 / 1200) + backward + again)
     one = make_plan(
         sizes, work, replace(batch, micro_batch_tokens="auto"), "none", Ranks(1), CARDS["h100"], torch.bfloat16
     )

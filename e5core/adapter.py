@@ -4,11 +4,13 @@ The names of the linears are families.py's table; PEFT's own words occur here al
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from e5core.backbone import Backbone
 from e5core.families import HF_NAMES
@@ -17,8 +19,8 @@ from e5core.lora import LoraConfig, adapters
 _PEFT_PREFIX = "base_model.model."  # of an adapter on a model without a head
 
 
-def write_adapter(folder: Path, backbone: Backbone, config: LoraConfig, base: str) -> None:
-    """Write the adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors (fp32 masters)."""
+def adapter_tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """Return the adapters' fp32 masters by PEFT's names."""
     theirs = {ours: name for name, ours in HF_NAMES.items()}
     tensors = {}
     for name, linear in adapters(backbone):
@@ -26,7 +28,12 @@ def write_adapter(folder: Path, backbone: Backbone, config: LoraConfig, base: st
         prefix = f"{_PEFT_PREFIX}layers.{layer}.{theirs[part]}"
         tensors[f"{prefix}.lora_A.weight"] = linear.lora_a.detach().contiguous()
         tensors[f"{prefix}.lora_B.weight"] = linear.lora_b.detach().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base: str) -> None:
+    """Write adapter_tensors in PEFT's layout: adapter_config.json and adapter_model.safetensors."""
+    save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     parts = {ours.rpartition(".")[2]: name.rpartition(".")[2] for name, ours in HF_NAMES.items()}
     described = {
         "peft_type": "LORA",

@@ -4,33 +4,42 @@
     step_N/e5core.json                                       what an encoder needs to know: base model by path and hash,
                                                              tokenization contract, template, dtype, length
     step_N/golden.npy                                        embeddings of GOLDEN_TEXTS by this checkpoint
-    step_N/optimizer.safetensors, state.json                 to go on: moments, step, mixture's state, best so far
+    step_N/optimizer_R_of_W.safetensors                      rank R's part of the moments; the beginning of each in the
+                                                             whole, laid flat, and the whole's shape in the metadata
+    step_N/state.json                                        to go on: step, updates, mixture's state, best so far
+    step_N/manifest.json                                     size and sha256 of all these, and its own
     best.json                                                {"step", "metric", "value"}
 
-A step folder is written under a temporary name, flushed to the disk and renamed, so that a kill or a full disk at any
-moment leaves the previous one whole. There is no random state to keep: batches and dropout are functions of seed and
-step.
+Every rank writes its own part into a hidden folder and flushes it to the disk; when all parts are there, rank 0 writes
+the manifest last and renames the folder (saving.py). So a kill or a full disk at any moment leaves the previous one
+whole. Any number of ranks reads what any number wrote: each takes the stretches that it holds. There is no random state
+to keep: batches and dropout are functions of seed and step.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from e5core.adapter import read_adapter, write_adapter
+from e5core.adapter import read_adapter
 from e5core.config import read_json
+from e5core.distributed import World, check_same, share
 from e5core.encoder import EmbeddingModel
-from e5core.lora import LoraConfig
-from e5core.optim import AdamW
+from e5core.optim import AdamW, Slice
 
 _PREFIX = "step_"
+_MANIFEST = "manifest.json"
+PARTIAL = ".partial_step_"  # being written
+_DOOMED = ".old_step_"  # being deleted
+ENCODER_FILES = ("adapter_config.json", "adapter_model.safetensors", "e5core.json", "golden.npy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,48 +57,119 @@ class Card:
     template: str
 
 
-def save(
-    run: Path,
-    step: int,
-    model: EmbeddingModel,
-    lora: LoraConfig,
-    card: Card,
-    golden: np.ndarray,
-    optimizer: AdamW,
-    data: Mapping[str, Any],
-    best: dict[str, Any] | None,
-) -> Path:
-    """Write RUN/step_N; data is the mixture's state().
+def write_part(folder: Path, rank: int, world_size: int, slices: Mapping[str, Slice]) -> Path:
+    """Write a rank's part of the optimizer's state (AdamW.part) into a checkpoint's folder.  Returns the file."""
+    held = {name: part for name, part in slices.items() if len(part.values)}
+    places = {name: json.dumps([part.start, *part.shape]) for name, part in held.items()}
+    tensors = {name: part.values for name, part in held.items()}
+    path = folder / f"optimizer_{rank:05d}_of_{world_size:05d}.safetensors"
+    save_file(tensors, path, metadata=places)
+    return path
 
-    Raises OSError where the disk refuses; then nothing of it is left behind.
+
+def read_parts(folder: Path, wanted: Mapping[str, Slice]) -> None:
+    """Fill slices (AdamW.state) from the parts that any number of ranks wrote.
+
+    Raises ValueError where the parts are of another model or of other LoRA targets.
     """
-    final, partial = run / f"{_PREFIX}{step}", run / f".partial_{_PREFIX}{step}"
-    shutil.rmtree(partial, ignore_errors=True)
+    strange = ValueError(
+        f"{folder}: its optimizer state is of another model or of other LoRA targets; give the config that it was "
+        "written with, or start a new run with another train.run"
+    )
+    found: dict[str, list[tuple[int, int]]] = {name: [] for name in wanted}
+    for file in sorted(folder.glob("optimizer_*.safetensors")):
+        with safe_open(file, framework="pt") as source:
+            for name, place in (source.metadata() or {}).items():
+                start, *shape = json.loads(place)
+                if name not in wanted or tuple(shape) != wanted[name].shape:
+                    raise strange
+                into, part = wanted[name], source.get_slice(name)
+                first, last = max(start, into.start), min(start + part.get_shape()[0], into.stop)
+                if first < last:
+                    into.values[first - into.start : last - into.start] = part[first - start : last - start]
+                    found[name].append((first, last))
+    for name, into in wanted.items():
+        reached = into.start
+        for first, last in sorted(found[name]):
+            reached = max(reached, last) if first <= reached else reached
+        if reached < into.stop:
+            raise strange
+
+
+def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return what a manifest says of files: {name: {"bytes", "sha256"}}; flushes each to the disk first."""
+    described = {}
+    for path in paths:
+        flush(path)
+        described[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    return described
+
+
+def write_manifest(folder: Path, step: int, world_size: int, files: Mapping[str, Any]) -> None:
+    """Write the file that makes a checkpoint whole, the last of its files."""
+    said = {"step": step, "world_size": world_size, "files": dict(sorted(files.items()))}
+    write_json(folder / _MANIFEST, said | {"sha256": _digest_of(said)})
+
+
+def check_newest(run: Path, world: World) -> None:
+    """Hold the files of the newest checkpoint, if there is one, against its manifest; the ranks share the work.
+
+    Raises ValueError on every rank, naming what is missing or damaged and how to go on from the checkpoint before.
+    """
+    steps = steps_of(run)
+    check_same({f"checkpoints in {run}": steps}, world)
+    unsealed = sorted(p.name for p in run.glob(f"{_PREFIX}*") if p.is_dir() and not (p / _MANIFEST).is_file())
+    if unsealed:
+        raise ValueError(
+            f"{run / unsealed[0]}: no {_MANIFEST}, so nobody can tell whether it is whole (files were deleted, or "
+            "another version of e5core wrote it); move this folder away and give train.resume=true again"
+        )
+    if steps:
+        folder = step_folder(run, steps[-1])
+        names = sorted(_read_manifest(folder)["files"])
+        own = _faults(folder, names[world.rank :: world.world_size])
+        if faults := [fault for faults in share(own, world) for fault in faults]:
+            raise _damage(folder, faults)
+
+
+def check_files(folder: Path, names: Iterable[str] = ENCODER_FILES) -> None:
+    """Hold files of a checkpoint, where it has a manifest, against it.  Raises ValueError as check_newest does."""
+    if (folder / _MANIFEST).is_file() and (faults := _faults(folder, names)):
+        raise _damage(folder, faults)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        partial.mkdir()
-        write_adapter(partial, model.backbone, lora, card.base_path)
-        _write_json(partial / "e5core.json", asdict(card))
-        np.save(partial / "golden.npy", golden, allow_pickle=False)
-        save_file(optimizer.state(), partial / "optimizer.safetensors")
-        _write_json(partial / "state.json", {"step": step, "n_updates": optimizer.n_updates, **data, "best": best})
-        for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        _flush(run)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"could not save {final}: {error}; earlier checkpoints in {run} are whole: make room and go on with "
-            "train.resume=true"
-        ) from error
-    return final
+        said = read_json(folder / _MANIFEST)
+        if said.pop("sha256") != _digest_of(said):
+            raise ValueError("its sha256 is another than when it was written")
+    except (ValueError, KeyError) as error:  # whatever flipped bits make of it
+        raise _damage(folder, [f"{_MANIFEST} is damaged ({error})"]) from error
+    return said
+
+
+def _faults(folder: Path, names: Iterable[str]) -> list[str]:
+    files, faults = _read_manifest(folder)["files"], []
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != files[name]["bytes"]:
+            faults.append(f"{name} has {path.stat().st_size:,} bytes, not {files[name]['bytes']:,}")
+        elif _digest(path) != files[name]["sha256"]:
+            faults.append(f"{name} is damaged: its sha256 is another than when it was written")
+    return faults
+
+
+def _damage(folder: Path, faults: list[str]) -> ValueError:
+    earlier = [step for step in steps_of(folder.parent) if f"{_PREFIX}{step}" != folder.name]
+    way = f"go on from {_PREFIX}{earlier[-1]} with train.resume=true" if earlier else "begin anew: train.overwrite=true"
+    return ValueError(f"{folder}: {'; '.join(faults)}; delete this folder (rm -r {folder}) and {way}")
 
 
 def steps_of(run: Path) -> list[int]:
-    """Return the numbers of the whole checkpoints in a run folder, rising."""
-    found = (p.name.removeprefix(_PREFIX) for p in run.glob(f"{_PREFIX}*") if (p / "state.json").is_file())
+    """Return the numbers of the checkpoints in a run folder that have a manifest, rising."""
+    found = (p.name.removeprefix(_PREFIX) for p in run.glob(f"{_PREFIX}*") if (p / _MANIFEST).is_file())
     return sorted(int(number) for number in found if number.isdigit())
 
 
@@ -107,13 +187,14 @@ def step_folder(run: Path, step: int) -> Path:
 def restore(
     folder: Path, model: EmbeddingModel, optimizer: AdamW, data_digest: str, card: Card
 ) -> dict[str, Any] | None:
-    """Fill model and optimizer from a step folder.  Returns the best checkpoint's record as it was then.
+    """Fill model and optimizer from a step folder that check_newest passed.
 
-    Raises ValueError where the folder is of another base model, tokenizer or other data, or damaged.
+    Returns the record of the best checkpoint as of then; None where there was none, or it is gone.
+    Raises ValueError where the folder is of another base model, LoRA, tokenizer or other data.
     """
-    state, stored = read_json(folder / "state.json"), read_card(folder)
-    for field in ("base_sha256", "tokenizer_contract", "template"):
-        was, now = asdict(stored)[field], asdict(card)[field]
+    state, stored, own = read_json(folder / "state.json"), read_card(folder), json.loads(json.dumps(asdict(card)))
+    for field in ("base_sha256", "tokenizer_contract", "template", "causal", "lora"):
+        was, now = asdict(stored)[field], own[field]
         if was != now:
             raise ValueError(f"{folder}: {field} was {was}, is {now}; put the model's files back or start a new run")
     if state["data"] != data_digest:
@@ -122,12 +203,11 @@ def restore(
             "put the files back, or start a new run with another train.run"
         )
     read_adapter(folder, model.backbone)
-    try:
-        moments = load_file(folder / "optimizer.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: optimizer.safetensors is damaged ({error}); delete {folder.name}") from error
-    optimizer.load_state(moments, state["n_updates"])
-    return state["best"]
+    with torch.no_grad():
+        read_parts(folder, optimizer.state())
+    optimizer.n_updates = state["n_updates"]
+    best = state["best"]
+    return None if best is None or best["step"] not in steps_of(folder.parent) else best
 
 
 def prune(run: Path, keep: int) -> None:
@@ -135,9 +215,15 @@ def prune(run: Path, keep: int) -> None:
     best = read_best(run)
     kept = {*steps_of(run)[-keep:], *([] if best is None else [best["step"]])}
     for step in set(steps_of(run)) - kept:  # renamed first: half a deletion must not look like a checkpoint
-        os.rename(step_folder(run, step), run / f".partial_{_PREFIX}{step}")
-    for leftover in run.glob(f".partial_{_PREFIX}*"):
-        shutil.rmtree(leftover)
+        os.rename(step_folder(run, step), run / f"{_DOOMED}{step}")
+        shutil.rmtree(run / f"{_DOOMED}{step}")
+
+
+def clean(run: Path) -> None:
+    """Delete what a killed run left half written or half deleted; no rank may be saving."""
+    for name in (PARTIAL, _DOOMED):
+        for leftover in run.glob(f"{name}*"):
+            shutil.rmtree(leftover)
 
 
 def read_card(folder: Path) -> Card:
@@ -152,9 +238,10 @@ def read_card(folder: Path) -> Card:
 
 
 def read_best(run: Path) -> dict[str, Any] | None:
-    """Return {"step", "metric", "value"} of the best checkpoint, or None."""
+    """Return {"step", "metric", "value"} of the best checkpoint, or None, also where that is gone."""
     file = run / "best.json"
-    return read_json(file) if file.is_file() else None
+    best = read_json(file) if file.is_file() else None
+    return None if best is None or best["step"] not in steps_of(run) else best
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -162,7 +249,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     partial = path.with_name(f".partial_{path.name}")
     try:
         _write_json(partial, value)
-        _flush(partial)
+        flush(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -172,9 +259,19 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """See to it that a file or a folder's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -26,7 +26,7 @@ import e5kernels.rope
 import e5kernels.swiglu
 from e5core.adapter import read_adapter
 from e5core.batches import CHARACTERS, deal, document_text, pack, query_text
-from e5core.checkpoint import Card, read_best, read_card, step_folder, steps_of
+from e5core.checkpoint import Card, check_files, read_best, read_card, step_folder, steps_of
 from e5core.distributed import ALONE, World, alone, finish, gather_rows, log, log_error, start, sum_over_ranks
 from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype
 from e5core.lora import LoraConfig
@@ -113,6 +113,7 @@ class Encoder:
             built = build_model(path, chosen, device, causal=True, lora=None, seed=0)
             default = min(DEFAULT_MAX_TOKENS, built.backbone.config.max_positions)
             return cls(built, Tokenizer.load(path), device, default if max_tokens is None else max_tokens, world)
+        check_files(folder)
         card = read_card(folder)
         path = resolve_model(card.base_path)
         found = fingerprint(path)

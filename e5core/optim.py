@@ -9,6 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+_MOMENTS = tuple(enumerate(("first", "second")))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
@@ -36,11 +38,27 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr * (total_steps - step) / max(1, total_steps - warmup)
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The stretch of a tensor, laid flat, that one rank holds or writes; n = 0 where it has nothing of it."""
+
+    values: Tensor  # (n,), contiguous
+    start: int  # where it begins in the whole, laid flat
+    shape: tuple[int, ...]  # of the whole
+
+    @property
+    def stop(self) -> int:
+        """Where it ends in the whole, laid flat."""
+        return self.start + len(self.values)
+
+
 class AdamW:
     """The optimizer's state and update, parameter by parameter, in the order of operations of torch.optim.AdamW."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
-        self.parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter | Slice], config: OptimConfig) -> None:
+        """parameters: a Slice for one that the ranks hold in stretches, of which each updates its own."""
+        self.parameters = {name: p.values if isinstance(p, Slice) else p for name, p in parameters.items()}
+        self._places = {name: (p.start, p.shape) for name, p in parameters.items() if isinstance(p, Slice)}
         self.config = config
         self.n_updates = 0
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters.items()}
@@ -79,16 +97,18 @@ class AdamW:
             parameter.addcdiv_(first, denominator, value=-lr / correction1)
             parameter.grad = None
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the moments by name, for a checkpoint."""
-        pairs = self.moments.items()
-        return {f"{name}.{which}": pair[i] for name, pair in pairs for i, which in enumerate(("first", "second"))}
+    def state(self) -> dict[str, Slice]:
+        """Return by name the moments that this rank holds, as views: who writes into them puts a state back."""
+        pairs = ((f"{name}.{which}", name, pair[i]) for name, pair in self.moments.items() for i, which in _MOMENTS)
+        return {key: Slice(m.view(-1), *self._places.get(name, (0, tuple(m.shape)))) for key, name, m in pairs}
 
-    def load_state(self, state: Mapping[str, Tensor], n_updates: int) -> None:
-        """Put back what `state` gave.  Raises ValueError where names or shapes differ."""
-        own = self.state()
-        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
-            raise ValueError("the optimizer state in the checkpoint is of another model or of other LoRA targets")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-        self.n_updates = n_updates
+    def part(self, rank: int, world_size: int) -> dict[str, Slice]:
+        """Return what a rank writes into a checkpoint: its own stretches, and its share of what all ranks hold."""
+        shares = {}
+        for key, whole in self.state().items():
+            if key.rpartition(".")[0] in self._places:
+                shares[key] = whole
+            else:
+                first, last = (len(whole.values) * r // world_size for r in (rank, rank + 1))
+                shares[key] = Slice(whole.values[first:last], first, whole.shape)
+        return shares

@@ -30,6 +30,7 @@ from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import read_config, resolve_model
 from e5core.workload import counted
 
+PREEMPTED = "PREEMPTED"  # in the run's folder: SIGTERM stopped the run, which waits to go on
 FREE_AT_RESUME = {("backbone", "dtype"), ("batch", "recompute")}  # dtype is checked apart; recompute moves no bit
 AUTO = "auto"  # settled when a run begins, and then kept
 
@@ -121,13 +122,14 @@ def check_files(config: Config) -> Path:
     return path
 
 
-def check_folder(run: Path, config: Config) -> None:
-    """Refuse a folder that the run may not use; nothing is changed yet."""
-    if not run.exists():
-        return
+def check_folder(run: Path, config: Config, world: World) -> None:
+    """Refuse a folder that the run may not use, or whose newest checkpoint is damaged; nothing is changed yet."""
     if config.train.resume:
+        checkpoint.check_newest(run, world)
         if checkpoint.steps_of(run):
             _check_same(load_config(Config, run / "config.toml"), config, run)
+        return
+    if not run.exists():
         return
     if not config.train.overwrite:
         raise FileExistsError(f"{run} exists; go on with train.resume=true, or delete it with train.overwrite=true")
@@ -139,6 +141,8 @@ def make_folder(run: Path, config: Config) -> int | None:
     """Make the run's folder, new or to go on in.  Returns the step to go on from, None for a run from the start."""
     steps = checkpoint.steps_of(run)
     if config.train.resume and steps:
+        (run / PREEMPTED).unlink(missing_ok=True)
+        checkpoint.clean(run)
         return steps[-1]
     if config.train.resume:
         log(f"{run} holds no checkpoint: the run starts from the beginning")

@@ -12,7 +12,8 @@ thereby one plain pass.
 Each of N ranks holds the whole model and does this with its share of the batch's examples, whose rows keep their
 numbers: its queries meet the candidates of all ranks, and the adapters' gradients are added up once a step. So all N
 give the same run. The ranks meet in the loss and after pass 2, never in between, whatever their micro-batches.
-Rank 0 alone writes; the run's folder holds all that there is to say about it (checkpoint.py, DESIGN 3.10).
+Each rank writes its part of a checkpoint while the next step runs, rank 0 all else; the run's folder holds all that
+there is to say about it (checkpoint.py, DESIGN 3.10).
 """
 
 import argparse
@@ -54,7 +55,9 @@ from e5core.memory import as_table, is_out_of_memory, measured_peak
 from e5core.metrics import MetricsFile, Progress
 from e5core.mixture import Mixture, load_mixture
 from e5core.optim import AdamW, learning_rate
+from e5core.preemption import NEVER, Preempted, Preemption
 from e5core.run import (
+    PREEMPTED,
     Config,
     check_files,
     check_folder,
@@ -64,6 +67,7 @@ from e5core.run import (
     settle_batch,
     total_steps,
 )
+from e5core.saving import Saving
 from e5core.testsets import EvalSet
 from e5core.tokenizer import Tokenizer
 from e5core.weights import fingerprint
@@ -72,7 +76,8 @@ from e5core.weights import fingerprint
 def train(config: Config) -> dict[str, dict[str, float]]:
     """Run a training from config to evaluation.  Returns what RUN/evaluation.json holds.
 
-    Raises ValueError, OSError, FloatingPointError or MemoryError, each of which says what to do.
+    Raises ValueError, OSError, FloatingPointError or MemoryError, each of which says what to do; Preempted after
+    SIGTERM.
     """
     world = start()
     device = world.device
@@ -80,7 +85,7 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     check_ranks(config, world)
     run = Path(config.train.run)
     model_path = check_files(config)
-    check_folder(run, config)
+    check_folder(run, config, world)
     epochs = checkpoint.begun_epochs(run) if config.train.resume else []
     mixture, skipped = load_mixture(config.data, config.train.seed, epochs, world)
     for message in skipped:
@@ -110,7 +115,9 @@ def _run(
     _loop(config, run, encoder, mixture, model_path, planned, resume_step)
     best = share(checkpoint.read_best(run) if world.is_main else None, world)[0]
     if best is not None:
-        read_adapter(checkpoint.step_folder(run, best["step"]), model.backbone)
+        folder = checkpoint.step_folder(run, best["step"])
+        checkpoint.check_files(folder)
+        read_adapter(folder, model.backbone)
         log(f"best checkpoint: step {best['step']} with {best['metric']} = {best['value']:.2f}")
     scores |= _report(run, "after", encoder, config.eval.report)
     if config.eval.report and world.is_main:
@@ -126,18 +133,20 @@ def backward_step(
     budget: int,
     dropout: tuple[int, int] | None,
     world: World = ALONE,
+    preemption: Preemption = NEVER,
 ) -> BatchLoss:
     """Compute the loss of a batch and leave its gradient, summed over the ranks, in the adapters, which had none.
 
-    budget: tokens of a micro-batch.  dropout: (seed, step).  Raises FloatingPointError naming records for a loss
-    that is not finite, on every rank.
+    budget: tokens of a micro-batch.  dropout: (seed, step).  Raises on every rank FloatingPointError naming records for
+    a loss that is not finite, Preempted where a rank is to leave.
     """
     device = model.backbone.norm.weight.device
     packed = pack(batch.sequences, budget, device, numbers=batch.rows)
     *pieces, fullest = sorted(packed, key=lambda piece: len(piece.tokens))
-    with torch.no_grad():
-        parts = [model(piece, dropout) for piece in pieces]
-    kept = model(fullest, dropout)
+    with preemption.phase():
+        with torch.no_grad():
+            parts = [model(piece, dropout) for piece in preemption.between(pieces)]
+        kept = model(fullest, dropout)
     rows = torch.cat([piece.rows for piece in (*pieces, fullest)])
     embeddings = torch.cat([*parts, kept.detach()]).requires_grad_()  # (n, D) of this rank, as packed
     result = infonce_loss(embeddings[rows.argsort()], batch, loss, world)
@@ -147,10 +156,11 @@ def backward_step(
         raise FloatingPointError(f"the loss is not finite ({result.loss.item()}): {_blame(batch, broken)}")
     (gradient,) = torch.autograd.grad(result.loss, embeddings)
     *gradients, last = gradient.split([len(piece.rows) for piece in (*pieces, fullest)])
-    kept.backward(last)
-    del kept
-    for piece, part in zip(pieces, gradients, strict=True):
-        model(piece, dropout).backward(part)
+    with preemption.phase():
+        kept.backward(last)
+        del kept
+        for piece, part in preemption.between(zip(pieces, gradients, strict=True)):
+            model(piece, dropout).backward(part)
     sum_gradients(model.parameters(), world)
     return result
 
@@ -174,30 +184,58 @@ def _loop(
 ) -> None:
     """Train from the resumed step (or the first) to the last, with logs, evaluations and checkpoints."""
     model, world, n_steps = encoder.model, encoder.world, total_steps(config, mixture)
-    optimizer = AdamW(_trainable(model), config.optim)
-    card, best = _card(config, model_path, encoder), None
+    optimizer, preemption = AdamW(_trainable(model), config.optim), Preemption(world)
+    card, best, done = _card(config, model_path, encoder), None, resume_step or 0
     if resume_step is not None:
         best = checkpoint.restore(checkpoint.step_folder(run, resume_step), model, optimizer, mixture.digest, card)
         log(f"resumed after step {resume_step}")
-    with _journal(config, run, n_steps, resume_step, world) as tell:
-        for step in range(resume_step or 0, n_steps):
-            logged = _train_step(config, encoder, mixture, optimizer, step, n_steps)
-            if step == (resume_step or 0) and world.is_main:
-                _show_peak(run, planned, encoder.device)
-            done, metric = step + 1, config.eval.metric
-            if config.eval.every and (done % config.eval.every == 0 or done == n_steps):
-                logged["eval"] = share(evaluate(encoder, config.eval.sets), world)[0]
-                if metric and (best is None or logged["eval"][metric] > best["value"]):
-                    best = {"step": done, "metric": metric, "value": logged["eval"][metric]}
-            tell(logged)
-            is_best, due = best is not None and best["step"] == done, config.train.save_every
-            if is_best or done == n_steps or (due and done % due == 0):
-                golden = encoder.golden_vectors()
-                if world.is_main:
-                    checkpoint.save(run, done, model, config.lora, card, golden, optimizer, mixture.state(), best)
-                    if best is not None:
-                        checkpoint.write_json(run / "best.json", best)
-                    checkpoint.prune(run, config.train.keep)
+    with (
+        preemption.listening(),
+        Saving(run, config.train.keep, world, done) as saving,
+        _journal(config, run, n_steps, resume_step, world) as tell,
+    ):
+
+        def save() -> None:
+            golden, state = encoder.golden_vectors(), {"step": done, **mixture.state(), "best": best}
+            saving.begin(done, model.backbone, config.lora, card, golden, optimizer, state)
+
+        try:
+            while done < n_steps:
+                saving.check()
+                logged = _train_step(config, encoder, mixture, optimizer, done, n_steps, preemption)
+                if done == (resume_step or 0) and world.is_main:
+                    _show_peak(run, planned, encoder.device)
+                done += 1
+                if config.eval.every and (done % config.eval.every == 0 or done == n_steps):
+                    logged["eval"] = share(evaluate(encoder, config.eval.sets), world)[0]
+                    best = _better(best, done, config.eval.metric, logged["eval"])
+                tell(logged)
+                is_best, due = best is not None and best["step"] == done, config.train.save_every
+                if is_best or done == n_steps or (due and done % due == 0):
+                    save()
+            with preemption.phase():
+                saving.finish()
+        except Preempted:
+            save()
+            saving.finish()
+            _leave(run, done, world)
+            raise
+
+
+def _better(
+    best: dict[str, Any] | None, step: int, metric: str | None, scores: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """Return the better one of the best checkpoint so far and this step's, by the metric that chooses."""
+    if metric is None or (best is not None and scores[metric] <= best["value"]):
+        return best
+    return {"step": step, "metric": metric, "value": scores[metric]}
+
+
+def _leave(run: Path, step: int, world: World) -> None:
+    """Mark a run that SIGTERM stopped."""
+    if world.is_main:
+        checkpoint.write_json(run / PREEMPTED, {"step": step})
+        log(f"SIGTERM: stopped after step {step}{', which is saved' if step else ''}; go on with train.resume=true")
 
 
 @contextmanager
@@ -222,15 +260,22 @@ def _journal(
 
 
 def _train_step(
-    config: Config, encoder: Encoder, mixture: Mixture, optimizer: AdamW, step: int, n_steps: int
+    config: Config,
+    encoder: Encoder,
+    mixture: Mixture,
+    optimizer: AdamW,
+    step: int,
+    n_steps: int,
+    preemption: Preemption,
 ) -> dict[str, Any]:
-    """Do step `step` (from 0).  Returns the line for metrics.jsonl."""
+    """Do step `step` (from 0).  Returns the line for metrics.jsonl.  Raises Preempted before anything has moved."""
     started = time.perf_counter()
     seed, first, world = config.train.seed, step == 0, encoder.world
     batch = build_batch(mixture.batch(step, config.batch.size), encoder.tokenizer, config.batch, seed, step, world)
     counts = sum_over_ranks(torch.tensor([batch.n_tokens, batch.n_truncated], device=world.device), world)
     try:
-        result = backward_step(encoder.model, batch, config.loss, config.batch.micro_batch_tokens, (seed, step), world)
+        budget = config.batch.micro_batch_tokens
+        result = backward_step(encoder.model, batch, config.loss, budget, (seed, step), world, preemption)
         grad_norm = optimizer.clip_gradients()
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step + 1}: {error}; records {', '.join(batch.record_ids[:5])}, ...") from error
@@ -356,6 +401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         log_error(f"e5core.train: {error}")
         return 2
+    except Preempted:
+        pass  # a wish that was met
     finish()
     return 0
 

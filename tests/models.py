@@ -4,6 +4,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from safetensors.torch import load_file
 from transformers import (
     Gemma3TextConfig,
     Gemma3TextModel,
@@ -136,3 +137,9 @@ def save_embedder(folder: Path) -> Path:
     bpe.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true}')
     return folder
+
+
+def moments(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the optimizer's moments out of a checkpoint, each rank's part of each laid end to end."""
+    parts = [load_file(path) for path in sorted(folder.glob("optimizer_*.safetensors"))]
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import save_embedder
+from models import moments, save_embedder
 from rank_laws import BUDGETS, TEXTS, again, cut_to, measured, trainings
 from ranks import free_port, run_ranks
 from safetensors.torch import load_file, save_file
@@ -157,7 +157,7 @@ def adapter(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def whole_state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return adapter(run, step) | load_file(checkpoint.step_folder(run, step) / "optimizer.safetensors")
+    return adapter(run, step) | moments(checkpoint.step_folder(run, step))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from e5core.optim import AdamW, OptimConfig, learning_rate
+from e5core.optim import AdamW, OptimConfig, Slice, learning_rate
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
@@ -64,9 +64,39 @@ def test_missing_and_non_finite_gradients_are_named() -> None:
         optimizer.clip_gradients()
 
 
-def test_state_of_another_model_is_refused() -> None:
-    optimizer = AdamW(parameters(), OptimConfig())
-    state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
-    state.pop("a.first")
-    with pytest.raises(ValueError, match="of another model"):
-        optimizer.load_state(state, 1)
+def test_shares_and_stretches_of_any_number_of_ranks_are_the_whole_state() -> None:
+    whole = AdamW(parameters(), OptimConfig())
+    for pair in whole.moments.values():
+        for moment in pair:
+            moment.normal_()
+    wanted = {name: part.values.clone() for name, part in whole.state().items()}
+    assert set(wanted) == {"a.first", "a.second", "b.first", "b.second"}
+    for world_size in (1, 2, 4, 9):  # 9 ranks: more than b's 7 values
+        parts = [whole.part(rank, world_size) for rank in range(world_size)]
+        for name, values in wanted.items():
+            assert torch.equal(torch.cat([part[name].values for part in parts]), values)
+            assert all(part[name].values.equal(values[part[name].start : part[name].stop]) for part in parts)
+            assert {part[name].shape for part in parts} == {(5, 3) if name.startswith("a") else (7,)}
+
+
+def test_stretches_update_as_the_whole_does_and_each_writes_its_own() -> None:
+    ours, config = parameters(), OptimConfig()
+    whole = AdamW(ours, config)
+    cut = {"a": 4, "b": 0}  # the first rank holds 4 values of a and none of b
+    halves = [{}, {}]
+    for name, p in ours.items():
+        flat, shape = p.detach().clone().flatten(), tuple(p.shape)
+        for rank, (first, last) in enumerate(((0, cut[name]), (cut[name], len(flat)))):
+            halves[rank][name] = Slice(nn.Parameter(flat[first:last]), first, shape)
+        p.grad = torch.randn(p.shape)
+        for half in halves:
+            half[name].values.grad = p.grad.flatten()[half[name].start : half[name].stop].clone()
+    optimizers = [AdamW(half, config) for half in halves]
+    for optimizer in (whole, *optimizers):
+        optimizer.update(1e-3)
+    for name, p in ours.items():
+        assert torch.equal(torch.cat([half[name].values for half in halves]), p.flatten())
+    for key, state in whole.state().items():
+        parts = [optimizer.part(rank, 2)[key] for rank, optimizer in enumerate(optimizers)]
+        assert torch.equal(torch.cat([part.values for part in parts]), state.values)
+        assert [part.start for part in parts] == [0, cut[key[0]]] and {part.shape for part in parts} == {state.shape}

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import save_embedder
+from models import moments, save_embedder
 from safetensors.torch import load_file, save_file
 from test_backbone import relative
 
@@ -138,7 +138,7 @@ def _single(ids: list[int], row: int, cu_seqlens: torch.Tensor) -> MicroBatch:
 
 def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     folder = checkpoint.step_folder(run, step)
-    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
+    return load_file(folder / "adapter_model.safetensors") | moments(folder)
 
 
 def _equal_bitwise(one: Path, other: Path, step: int) -> bool:
@@ -311,7 +311,7 @@ def test_a_disk_that_refuses_loses_nothing_and_is_named(config_file: Path, tmp_p
     assert checkpoint.steps_of(tmp_path / "run") == [2]
     assert not any((tmp_path / "run").glob(".partial_step_*"))
     assert main([str(config_file), "train.steps=4", "train.resume=true"]) == 0
-    kept, again = load_file(tmp_path / "kept" / "optimizer.safetensors"), _weights(tmp_path / "run", 4)
+    kept, again = moments(tmp_path / "kept"), _weights(tmp_path / "run", 4)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 

@@ -118,10 +118,10 @@ def check_newest(run: Path, world: World) -> None:
     """
     steps = steps_of(run)
     check_same({f"checkpoints in {run}": steps}, world)
-    unsealed = sorted(p.name for p in run.glob(f"{_PREFIX}*") if p.is_dir() and not (p / _MANIFEST).is_file())
-    if unsealed:
+    folders = (path for path in run.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
+    if unsealed := sorted(path for path in folders if not (path / _MANIFEST).is_file()):
         raise ValueError(
-            f"{run / unsealed[0]}: no {_MANIFEST}, so nobody can tell whether it is whole (files were deleted, or "
+            f"{unsealed[0]}: no {_MANIFEST}, so nobody can tell whether it is whole (files were deleted, or "
             "another version of e5core wrote it); move this folder away and give train.resume=true again"
         )
     if steps:

@@ -4,7 +4,7 @@ The names of the linears are families.py's table; PEFT's own words occur here al
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,21 +19,19 @@ from e5core.lora import LoraConfig, adapters
 _PEFT_PREFIX = "base_model.model."  # of an adapter on a model without a head
 
 
-def adapter_tensors(backbone: Backbone) -> dict[str, Tensor]:
-    """Return the adapters' fp32 masters by PEFT's names."""
+def write_adapter(folder: Path, masters: Mapping[str, Tensor], config: LoraConfig, base: str) -> None:
+    """Write the adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+
+    masters: whole tensors by their names in the backbone, e.g. "layers.0.attention.wq.lora_a".
+    """
     theirs = {ours: name for name, ours in HF_NAMES.items()}
     tensors = {}
-    for name, linear in adapters(backbone):
-        _, layer, part = name.split(".", 2)
-        prefix = f"{_PEFT_PREFIX}layers.{layer}.{theirs[part]}"
-        tensors[f"{prefix}.lora_A.weight"] = linear.lora_a.detach().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = linear.lora_b.detach().contiguous()
-    return tensors
-
-
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base: str) -> None:
-    """Write adapter_tensors in PEFT's layout: adapter_config.json and adapter_model.safetensors."""
-    save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    for name, tensor in masters.items():
+        _, layer, rest = name.split(".", 2)
+        part, _, leaf = rest.rpartition(".")
+        matrix = leaf.replace("lora_a", "lora_A").replace("lora_b", "lora_B")
+        tensors[f"{_PEFT_PREFIX}layers.{layer}.{theirs[part]}.{matrix}.weight"] = tensor.detach().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     parts = {ours.rpartition(".")[2]: name.rpartition(".")[2] for name, ours in HF_NAMES.items()}
     described = {
         "peft_type": "LORA",
@@ -49,29 +47,34 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfi
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter(folder: Path, backbone: Backbone) -> None:
+def read_adapter(folder: Path, backbone: Backbone, put: Callable[[str, Tensor], None] | None = None) -> None:
     """Fill the backbone's adapters from a folder in PEFT's layout.
 
+    put: takes (name in the backbone, tensor) instead.
     Raises FileNotFoundError, or ValueError for tensors that are missing, left over, of another shape or not finite.
     """
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no adapter_model.safetensors; the checkpoint is not whole")
-    wanted = {f"{name}.{leaf}": linear for name, linear in adapters(backbone) for leaf in ("lora_A", "lora_B")}
+    wanted = {f"{name}.{leaf}": (name, linear) for name, linear in adapters(backbone) for leaf in ("lora_A", "lora_B")}
     try:
         with safe_open(file, framework="pt") as source:
             for name in source.keys():  # noqa: SIM118  (safe_open is no dict)
                 layer, _, rest = name.removeprefix(f"{_PEFT_PREFIX}layers.").partition(".")
                 part, _, leaf = rest.removesuffix(".weight").rpartition(".")
-                linear = wanted.pop(f"layers.{layer}.{HF_NAMES.get(part, part)}.{leaf}", None)
-                if linear is None:
+                found = wanted.pop(f"layers.{layer}.{HF_NAMES.get(part, part)}.{leaf}", None)
+                if found is None:
                     raise ValueError(f"{file}: {name} fits no adapted linear of this model")
+                ours, linear = found
                 tensor = source.get_tensor(name)
                 parameter = linear.lora_a if leaf == "lora_A" else linear.lora_b
                 if tensor.shape != parameter.shape or not torch.isfinite(tensor).all():
                     raise ValueError(
                         f"{file}: {name} must be finite and {tuple(parameter.shape)}: got shape {tuple(tensor.shape)}"
                     )
+                if put is not None:
+                    put(f"{ours}.{leaf.lower()}", tensor)
+                    continue
                 with torch.no_grad():
                     parameter.copy_(tensor)
     except SafetensorError as error:

@@ -33,7 +33,8 @@ from e5core.adapter import read_adapter
 from e5core.config import read_json
 from e5core.distributed import World, check_same, share
 from e5core.encoder import EmbeddingModel
-from e5core.optim import AdamW, Slice
+from e5core.optim import AdamW
+from e5core.sharding import Slice
 
 _PREFIX = "step_"
 _MANIFEST = "manifest.json"
@@ -202,7 +203,7 @@ def restore(
             f"{folder}: the training records have changed since this checkpoint, so the run cannot go on as it was; "
             "put the files back, or start a new run with another train.run"
         )
-    read_adapter(folder, model.backbone)
+    read_adapter(folder, model.backbone, model.put)
     with torch.no_grad():
         read_parts(folder, optimizer.state())
     optimizer.n_updates = state["n_updates"]

@@ -1,7 +1,7 @@
 """Ranks: which process this is, which device it owns, what the ranks tell one another, and the lines that a run prints.
 
-The only file that reads RANK, WORLD_SIZE and LOCAL_RANK (set by torchrun; without it the process is rank 0 of 1), that
-starts the process group (NCCL between GPUs, gloo between CPUs) and that logs (evaluate prints its table, which is its
+The only file that reads RANK, WORLD_SIZE and the like (set by torchrun; without it the process is rank 0 of 1), that
+starts process groups (NCCL between GPUs, gloo between CPUs) and that logs (evaluate prints its table, which is its
 result, to stdout). Every rank must call the same collectives in the same order; a world of one has no group, and its
 collectives return at once.
 
@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """The processes of a job, seen from one of them."""
+    """The processes of a job, or of a part of it (`nodes`), seen from one of them."""
 
     rank: int  # 0 .. world_size - 1, over all nodes
     world_size: int
     device: torch.device  # where this rank computes
+    local_size: int = 1  # processes on this node
+    group: "dist.ProcessGroup | None" = None  # of a part; None: the whole job
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +47,7 @@ def start() -> World:
     Raises ValueError for a variable that is no number or is missing, or a LOCAL_RANK without its own GPU.
     """
     rank, world_size, device = _variable("RANK", 0), _variable("WORLD_SIZE", 1), _device()
+    local_size = _variable("LOCAL_WORLD_SIZE", world_size)
     if not 0 <= rank < world_size:
         raise ValueError(
             f"RANK must be in 0..{world_size - 1}, for WORLD_SIZE={world_size}: got RANK={rank}; start it with torchrun"
@@ -57,12 +60,35 @@ def start() -> World:
             dist.init_process_group("nccl", rank=rank, world_size=world_size, device_id=device)
         else:
             dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    return World(rank=rank, world_size=world_size, device=device)
+    return World(rank=rank, world_size=world_size, device=device, local_size=local_size)
 
 
 def alone() -> World:
     """Return this process as a world of its own on its device, also where it is one of many.  Raises as `start`."""
     return World(rank=0, world_size=1, device=_device())
+
+
+def nodes(world: World) -> tuple[World, World]:
+    """Part a job by its nodes.  Returns the world of this node's ranks, and that of those with its place on each node.
+
+    Every rank must call it.  Raises ValueError where the nodes do not have the same number of ranks.
+    """
+    size, sizes = world.local_size, set(share(world.local_size, world))
+    if len(sizes) > 1 or size < 1 or world.world_size % size:
+        raise ValueError(
+            f"nodes must have the same number of ranks: got {sorted(sizes)}, {world.world_size} in all; give every "
+            "node the same --nproc-per-node"
+        )
+    if size in (1, world.world_size):
+        one = World(rank=0, world_size=1, device=world.device)
+        return (one, world) if size == 1 else (world, one)
+    ranks = torch.arange(world.world_size).unflatten(0, (-1, size))
+    parts = []
+    for groups, rank in ((ranks, world.rank % size), (ranks.T, world.rank // size)):
+        members = [own for own in groups.tolist() if world.rank in own][0]
+        group, _ = dist.new_subgroups_by_enumeration(groups.tolist())
+        parts.append(replace(world, rank=rank, world_size=len(members), group=group))
+    return parts[0], parts[1]
 
 
 def finish() -> None:
@@ -105,7 +131,16 @@ def sum_over_ranks(term: Tensor, world: World) -> Tensor:
 
     Returns the sum, on every rank; its gradient goes to this rank's term unchanged, for all ranks hold one sum.
     """
-    return term if world.world_size == 1 else _Sum.apply(term)
+    return term if world.world_size == 1 else _Sum.apply(term, world)
+
+
+def largest(number: int, world: World) -> int:
+    """Return the largest of all ranks' numbers."""
+    if world.world_size == 1:
+        return number
+    most = torch.tensor(number, device=world.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=world.group)
+    return int(most.item())
 
 
 def gather_rows(rows: Tensor, places: Sequence[Sequence[int]], world: World) -> Tensor:
@@ -131,21 +166,43 @@ def sum_gradients(parameters: Iterable[Tensor], world: World) -> None:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=world.group)
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(total.view_as(gradient))
 
 
+def begin_gather(whole: Tensor, part: Tensor, world: World) -> "dist.Work | None":
+    """Lay the parts of all ranks one after another.  whole: (W * n,), part: (n,), contiguous.
+
+    Returns what is to be waited for before `whole` is read, None where there is nothing (a world of one).
+    """
+    if world.world_size == 1:
+        whole.copy_(part)
+        return None
+    # One tensor, for NCCL would gather a list into a copy; before torch 2.13 the same had another name.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    return gather(whole, part, group=world.group, async_op=True)
+
+
+def scatter_sum(whole: Tensor, world: World) -> Tensor:
+    """Add up a tensor over the ranks.  whole: (W * n,), contiguous.  Returns (n,), this rank's part of the sum."""
+    if world.world_size == 1:
+        return whole
+    part = whole.new_empty(len(whole) // world.world_size)
+    dist.reduce_scatter(part, list(whole.chunk(world.world_size)), group=world.group)
+    return part
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, term):  # noqa: ANN001, ANN205
+    def forward(ctx, term, world):  # noqa: ANN001, ANN205
         total = term.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=world.group)
         return total
 
     @staticmethod
     def backward(ctx, g):  # noqa: ANN001, ANN205
-        return g
+        return g, None
 
 
 class _GatherRows(torch.autograd.Function):
@@ -154,7 +211,7 @@ class _GatherRows(torch.autograd.Function):
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         ctx.save_for_backward(slots)
-        ctx.n_rows, ctx.most, ctx.world_size = len(rows), most, world.world_size
+        ctx.n_rows, ctx.most, ctx.world_size, ctx.group = len(rows), most, world.world_size, world.group
         return _all_gather(padded, world).flatten(0, 1)[slots]
 
     @staticmethod
@@ -163,14 +220,14 @@ class _GatherRows(torch.autograd.Function):
         padded = g.new_zeros(ctx.world_size * ctx.most, *g.shape[1:])
         padded[slots] = g
         own = g.new_empty(ctx.most, *g.shape[1:])
-        dist.reduce_scatter(own, list(padded.unflatten(0, (ctx.world_size, ctx.most))))
+        dist.reduce_scatter(own, list(padded.unflatten(0, (ctx.world_size, ctx.most))), group=ctx.group)
         return own[: ctx.n_rows], None, None, None
 
 
 def _all_gather(tensor: Tensor, world: World) -> Tensor:
     """Stack a tensor of one shape over the ranks.  Returns (W, *shape)."""
     gathered = tensor.new_empty(world.world_size, *tensor.shape)
-    dist.all_gather(list(gathered), tensor)  # all_gather_into_tensor has another name in every other release
+    dist.all_gather(list(gathered), tensor, group=world.group)
     return gathered
 
 

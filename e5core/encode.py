@@ -27,11 +27,12 @@ import e5kernels.swiglu
 from e5core.adapter import read_adapter
 from e5core.batches import CHARACTERS, deal, document_text, pack, query_text
 from e5core.checkpoint import Card, check_files, read_best, read_card, step_folder, steps_of
-from e5core.distributed import ALONE, World, alone, finish, gather_rows, log, log_error, start, sum_over_ranks
+from e5core.distributed import ALONE, World, alone, finish, gather_rows, largest, log, log_error, start, sum_over_ranks
 from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype
 from e5core.lora import LoraConfig
 from e5core.metrics import TextProgress
 from e5core.records import checked_text, parse_object, read_lines, required
+from e5core.sharding import Strategy
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import fingerprint, resolve_model
 
@@ -96,12 +97,19 @@ class Encoder:
 
     @classmethod
     def load(
-        cls, model: str, *, max_tokens: int | None = None, dtype: Dtype = "auto", world: World | None = None
+        cls,
+        model: str,
+        *,
+        max_tokens: int | None = None,
+        dtype: Dtype = "auto",
+        world: World | None = None,
+        strategy: Strategy = "auto",
     ) -> "Encoder":
         """Load a run folder, a checkpoint, a Hugging Face folder or a .gguf file.
 
         max_tokens, dtype: None and "auto" mean what the run was trained with; else 512, and the faster of two.
         world: the ranks that encode together (distributed.start()); None: this process encodes by itself.
+        strategy: how the model is sharded over them (sharding.py).
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
         folder = _adapter_folder(Path(model))
@@ -110,7 +118,8 @@ class Encoder:
         if folder is None:
             path = resolve_model(model)
             chosen, _ = settle_dtype(dtype, world)
-            built = build_model(path, chosen, device, causal=True, lora=None, seed=0)
+            held = {"strategy": strategy, "world": world}
+            built = build_model(path, chosen, device, causal=True, lora=None, seed=0, **held)
             default = min(DEFAULT_MAX_TOKENS, built.backbone.config.max_positions)
             return cls(built, Tokenizer.load(path), device, default if max_tokens is None else max_tokens, world)
         check_files(folder)
@@ -128,7 +137,8 @@ class Encoder:
             raise ValueError(f"{folder}: trained with the template {card.template!r}, this version has {TEMPLATE!r}")
         chosen, _ = settle_dtype(cast(Dtype, card.dtype) if dtype == "auto" else dtype, world)
         length = card.max_tokens if max_tokens is None else max_tokens
-        encoder = cls(_with_adapter(path, folder, card, chosen, device), tokenizer, device, length, world)
+        built = _with_adapter(path, folder, card, chosen, strategy, world)
+        encoder = cls(built, tokenizer, device, length, world)
         encoder.golden = np.load(folder / "golden.npy", allow_pickle=False)
         encoder.golden_tolerance = 1e-3 if "bfloat16" in (card.dtype, str(chosen).removeprefix("torch.")) else 1e-5
         return encoder
@@ -171,10 +181,16 @@ class Encoder:
         if progress is not None:
             progress.expect(len(formatted), n_tokens)
         vectors = torch.empty(len(own), self.model.backbone.config.dim, device=self.device)
-        for batch in pack(sequences, self.batch_tokens, self.device, self.share_prefix):
+        packed, shards = pack(sequences, self.batch_tokens, self.device, self.share_prefix), self.model.shards
+        n_idle = 0 if shards is None else largest(len(packed), self.world) - len(packed)  # empty micro-batches
+        for batch in packed:
             vectors[batch.rows] = self.model(batch, normalize=normalize).float()
             if progress is not None:
                 progress.advance(len(batch.rows), sum(lengths[row] for row in batch.rows.tolist()))
+        for _ in range(n_idle):
+            shards.idle(backward=False)
+        if shards is not None:
+            shards.release()
         vectors = gather_rows(vectors, shares, self.world)
         if progress is not None and len(own) < len(formatted):
             progress.advance(len(formatted) - len(own), n_tokens - sum(lengths))
@@ -229,10 +245,13 @@ def _adapter_folder(path: Path) -> Path | None:
     return step_folder(path, steps[-1] if best is None else best["step"])
 
 
-def _with_adapter(path: Path, folder: Path, card: Card, dtype: torch.dtype, device: torch.device) -> EmbeddingModel:
+def _with_adapter(
+    path: Path, folder: Path, card: Card, dtype: torch.dtype, strategy: Strategy, world: World
+) -> EmbeddingModel:
     lora = LoraConfig(**{**card.lora, "targets": tuple(card.lora["targets"])})
-    model = build_model(path, dtype, device, causal=card.causal, lora=lora, seed=0)
-    read_adapter(folder, model.backbone)
+    held = {"strategy": strategy, "world": world}
+    model = build_model(path, dtype, world.device, causal=card.causal, lora=lora, seed=0, **held)
+    read_adapter(folder, model.backbone, model.put)
     return model
 
 

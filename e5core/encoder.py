@@ -1,11 +1,13 @@
 """The embedding model: backbone + adapters + last token + unit length (arXiv 2401.00368, section 3.1).
 
-`build_model` makes it from files in the one right order: sizes, modules on the meta device, adapters, weights. The
-final norm and all that follows run on the last tokens only; embeddings are unit rows in max(fp32, backbone's dtype).
+`build_model` makes it from files in the one right order: sizes, modules on the meta device, adapters, shards, weights.
+The final norm and all that follows run on the last tokens only; embeddings are unit rows in max(fp32, the backbone's
+dtype).
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 
 from e5core.backbone import Backbone, BackboneConfig, positions_of
 from e5core.batches import MicroBatch
-from e5core.distributed import World, share
+from e5core.distributed import ALONE, World, log, share
 from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora
 from e5core.recompute import Policy, apply_recompute
-from e5core.weights import load_weights, read_config
+from e5core.sharding import Shards, Strategy, settle_strategy, shard
+from e5core.weights import give_dtypes, load_weights, read_config
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -41,6 +44,25 @@ class EmbeddingModel(nn.Module):
         self.backbone = Backbone(config)
         self.token_keys = TokenKeys() if lora is None else apply_lora(self.backbone, lora)
         apply_recompute(self.backbone, recompute, self.token_keys)
+        self.shards: Shards | None = None  # where each rank keeps a slice of the parameters
+
+    @property
+    def put(self) -> Callable[[str, Tensor], None] | None:
+        """What takes (name in the backbone, values) of a parameter into the shards; None where there are none."""
+        shards = self.shards
+        return None if shards is None else lambda name, values: shards.put(f"backbone.{name}", values)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return what is trained, by name; of a sharded model this rank's parts, flat."""
+        if self.shards is not None:
+            return self.shards.trained()
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name in the backbone, whole tensor) of what is trained.  Every rank of a sharded model must."""
+        own = self.trained()
+        for name, tensor in own.items() if self.shards is None else self.shards.whole(own):
+            yield name.removeprefix("backbone."), tensor.detach()
 
     def forward(self, batch: MicroBatch, dropout: tuple[int, int] | None = None, normalize: bool = True) -> Tensor:
         """Embed a micro-batch.
@@ -71,16 +93,24 @@ def build_model(
     lora: LoraConfig | None,
     seed: int,
     recompute: Policy = "none",
+    strategy: Strategy = "none",
+    world: World = ALONE,
 ) -> EmbeddingModel:
     """Load a backbone from its files and put fresh adapters on it (none for lora=None).
 
-    Raises what weights.read_config and weights.load_weights raise.
+    strategy: how it is sharded over the ranks of `world`, which must all call this.
+    Raises what weights.read_config, weights.load_weights and sharding.shard raise.
     """
     config = read_config(path, causal=causal)
     with torch.device("meta"):
         model = EmbeddingModel(config, lora, recompute)
-    load_weights(model.backbone, path, dtype, device)
-    init_lora(model.backbone, seed, torch.promote_types(dtype, torch.float32), device)
+    give_dtypes(model.backbone, dtype)
+    chosen, why = settle_strategy(strategy, model, world)
+    if world.world_size > 1 or chosen != "none":
+        log(f"sharding {chosen} ({why})")
+    model.shards = shard(model, model.backbone.layers, chosen, replace(world, device=device))
+    load_weights(model.backbone, path, dtype, device, model.put)
+    init_lora(model.backbone, seed, torch.promote_types(dtype, torch.float32), device, model.put)
     return model
 
 

@@ -11,7 +11,7 @@ does the backward pass (e5kernels/dropout.py; p is rounded to a multiple of 1/25
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
@@ -151,12 +151,24 @@ def apply_lora(backbone: Backbone, config: LoraConfig) -> TokenKeys:
     return token_keys
 
 
-def init_lora(backbone: Backbone, seed: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Set A to U(-1, 1) / sqrt(in) (PEFT's kaiming with a = sqrt 5), each by its own seeded generator, and B to 0."""
-    for _, linear in adapters(backbone):
+def init_lora(
+    backbone: Backbone,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    put: Callable[[str, Tensor], None] | None = None,
+) -> None:
+    """Set A to U(-1, 1) / sqrt(in) (PEFT's kaiming with a = sqrt 5), each by its own seeded generator, and B to 0.
+
+    put: takes (name, tensor) of each A instead, and B is 0 already.
+    """
+    for name, linear in adapters(backbone):
         bound = 1 / math.sqrt(linear.lora_a.shape[1])
         generator = torch.Generator().manual_seed(mix(mix(seed) ^ linear.number) >> 1)
         values = torch.empty(linear.lora_a.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        if put is not None:
+            put(f"{name}.lora_a", values)
+            continue
         linear.lora_a = nn.Parameter(values.to(device))
         linear.lora_b = nn.Parameter(torch.zeros(linear.lora_b.shape, dtype=dtype, device=device))
 

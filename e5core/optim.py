@@ -7,7 +7,10 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
+
+from e5core.distributed import ALONE, World, share, sum_over_ranks
+from e5core.sharding import Slice
 
 _MOMENTS = tuple(enumerate(("first", "second")))
 
@@ -38,28 +41,17 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr * (total_steps - step) / max(1, total_steps - warmup)
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """The stretch of a tensor, laid flat, that one rank holds or writes; n = 0 where it has nothing of it."""
-
-    values: Tensor  # (n,), contiguous
-    start: int  # where it begins in the whole, laid flat
-    shape: tuple[int, ...]  # of the whole
-
-    @property
-    def stop(self) -> int:
-        """Where it ends in the whole, laid flat."""
-        return self.start + len(self.values)
-
-
 class AdamW:
     """The optimizer's state and update, parameter by parameter, in the order of operations of torch.optim.AdamW."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter | Slice], config: OptimConfig) -> None:
-        """parameters: a Slice for one that the ranks hold in stretches, of which each updates its own."""
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter | Slice], config: OptimConfig, world: World = ALONE
+    ) -> None:
+        """parameters: a Slice for one that the ranks of `world` hold in stretches, of which each updates its own."""
         self.parameters = {name: p.values if isinstance(p, Slice) else p for name, p in parameters.items()}
         self._places = {name: (p.start, p.shape) for name, p in parameters.items() if isinstance(p, Slice)}
         self.config = config
+        self._world = world
         self.n_updates = 0
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters.items()}
 
@@ -72,9 +64,11 @@ class AdamW:
         absent = [name for name, g in gradients.items() if g is None]
         if absent:
             raise RuntimeError(f"no gradient reached {len(absent)} trainable tensors, first of them {absent[0]}")
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])).item()
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        norm = sum_over_ranks(norm.square(), self._world).sqrt().item() if self._places else norm.item()
         if not math.isfinite(norm):
             broken = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
+            broken = list(dict.fromkeys(name for own in share(broken, self._world) for name in own))
             raise FloatingPointError(f"the gradient is not finite in {len(broken)} tensors, first of them {broken[0]}")
         if norm > self.config.clip:
             for gradient in gradients.values():

@@ -25,13 +25,15 @@ from e5core.loss import LossConfig
 from e5core.memory import Ranks, sizes_of
 from e5core.mixture import DataConfig, Mixture
 from e5core.optim import OptimConfig
+from e5core.sharding import ShardingConfig
 from e5core.testsets import EvalSet, read_sets
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import read_config, resolve_model
 from e5core.workload import counted
 
 PREEMPTED = "PREEMPTED"  # in the run's folder: SIGTERM stopped the run, which waits to go on
-FREE_AT_RESUME = {("backbone", "dtype"), ("batch", "recompute")}  # dtype is checked apart; recompute moves no bit
+# dtype is checked apart; recompute moves no bit, the strategy the last ones, as another number of ranks does
+FREE_AT_RESUME = {("backbone", "dtype"), ("batch", "recompute"), ("sharding", "strategy")}
 AUTO = "auto"  # settled when a run begins, and then kept
 
 
@@ -82,6 +84,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     data: DataConfig
     batch: BatchConfig = BatchConfig()
+    sharding: ShardingConfig = ShardingConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
@@ -193,22 +196,22 @@ def settle_batch(
     sizes = sizes_of(read_config(model_path, causal=config.backbone.causal), config.lora)
     tokenizer = Tokenizer.load(model_path, config.tokenizer)
     work = counted(mixture, tokenizer, config.batch, total_steps(config, mixture))
-    card, ranks, batch = card_of(world.device), Ranks(world.world_size), config.batch
-    if AUTO in (batch.micro_batch_tokens, batch.recompute):
-        resumed = config.train.resume and checkpoint.steps_of(run)
-        if world.is_main and resumed:
+    card, ranks = card_of(world.device), Ranks(world.world_size, world.local_size)
+    batch, strategy = config.batch, config.sharding.strategy
+    if AUTO in (batch.micro_batch_tokens, batch.recompute, strategy):
+        planned = make_plan(sizes, work, batch, strategy, ranks, card, dtype)
+        (strategy, tokens, policy), why = planned.chosen.setting, planned.why
+        if world.is_main and config.train.resume and checkpoint.steps_of(run):
             stored = load_config(Config, run / "config.toml").batch
-            chosen, why = (stored.micro_batch_tokens, stored.recompute), "as the run began"
-        else:
-            planned = make_plan(sizes, work, batch, "none", ranks, card, dtype)
-            chosen, why = planned.chosen.setting[1:], planned.why
-        tokens, policy = share(chosen, world)[0]
+            (tokens, policy), why = (stored.micro_batch_tokens, stored.recompute), "as the run began"
+        strategy, tokens, policy = share((strategy, tokens, policy), world)[0]
+        if AUTO in (batch.micro_batch_tokens, batch.recompute):
+            log(f"micro_batch_tokens {tokens}, recompute {policy} ({why})")
         if batch.micro_batch_tokens == AUTO:
             batch = replace(batch, micro_batch_tokens=tokens)
         if batch.recompute == AUTO:
             batch = replace(batch, recompute=policy)
-        log(f"micro_batch_tokens {batch.micro_batch_tokens}, recompute {batch.recompute} ({why})")
-    return replace(config, batch=batch), make_plan(sizes, work, batch, "none", ranks, card, dtype)
+    return replace(config, batch=batch), make_plan(sizes, work, batch, strategy, ranks, card, dtype)
 
 
 def total_steps(config: Config, mixture: Mixture) -> int:

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from e5core import checkpoint
-from e5core.adapter import adapter_tensors, write_adapter
-from e5core.backbone import Backbone
+from e5core.adapter import write_adapter
 from e5core.config import read_json
 from e5core.distributed import World, share
 from e5core.lora import LoraConfig
-from e5core.optim import AdamW, Slice
+from e5core.optim import AdamW
+from e5core.sharding import Slice
 
 PARTS_LIMIT_S = 600.0  # from the beginning of a save until the last rank's part is there
 FAREWELL_S = 5.0  # the same, when the run ends by an error and the parts may still come
@@ -61,7 +61,7 @@ class Saving:
     def begin(
         self,
         step: int,
-        backbone: Backbone,
+        masters: Mapping[str, Tensor],
         lora: LoraConfig,
         card: checkpoint.Card,
         golden: np.ndarray,
@@ -70,7 +70,8 @@ class Saving:
     ) -> None:
         """Copy the state to host memory and begin to write RUN/step_N, after the save before has ended.
 
-        step: nothing is done for one that is saved already.  state: what state.json holds beside the number of updates.
+        step: nothing is done for one that is saved already.  masters: the model's.  state: what state.json holds beside
+        the number of updates.
         Raises OSError as `check` does.
         """
         if step == self._step:
@@ -79,7 +80,7 @@ class Saving:
         world = self._world
         part = optimizer.part(world.rank, world.world_size)
         slices = {name: Slice(_on_host(s.values), s.start, s.shape) for name, s in part.items()}
-        adapter = {k: _on_host(v) for k, v in adapter_tensors(backbone).items()} if world.is_main else {}
+        adapter = {name: _on_host(tensor) for name, tensor in masters.items()} if world.is_main else {}
         if world.device.type == "cuda":
             torch.cuda.current_stream(world.device).synchronize()  # the copies are done
         state = {**state, "n_updates": optimizer.n_updates}

@@ -9,9 +9,10 @@ One step, exact for any micro-batch size (GradCache, arXiv 2101.06983, with the 
 Dropout is a function of (seed, step, row, position), so both passes draw the same. A batch that fits one micro-batch is
 thereby one plain pass.
 
-Each of N ranks holds the whole model and does this with its share of the batch's examples, whose rows keep their
-numbers: its queries meet the candidates of all ranks, and the adapters' gradients are added up once a step. So all N
-give the same run. The ranks meet in the loss and after pass 2, never in between, whatever their micro-batches.
+Each of N ranks does this with its share of the batch's examples, whose rows keep their numbers: its queries meet the
+candidates of all ranks, and the adapters' gradients are added up once a step. So all N give the same run. Ranks that
+hold the whole model meet in the loss and after pass 2, whatever their micro-batches; those that hold a slice of it
+(sharding.py) meet in every block, so one with fewer micro-batches runs empty ones.
 Each rank writes its part of a checkpoint while the next step runs, rank 0 all else; the run's folder holds all that
 there is to say about it (checkpoint.py, DESIGN 3.10).
 """
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from e5core import checkpoint
 from e5core.adapter import read_adapter
@@ -38,6 +38,7 @@ from e5core.distributed import (
     World,
     check_same,
     finish,
+    largest,
     log,
     log_error,
     share,
@@ -49,12 +50,11 @@ from e5core.encode import TEMPLATE, Encoder, ShownEncoder, describe_device
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
 from e5core.estimate import Plan, describe
 from e5core.evaluate import evaluate, show_table
-from e5core.lora import adapters
 from e5core.loss import BatchLoss, LossConfig, infonce_loss
 from e5core.memory import as_table, is_out_of_memory, measured_peak
 from e5core.metrics import MetricsFile, Progress
 from e5core.mixture import Mixture, load_mixture
-from e5core.optim import AdamW, learning_rate
+from e5core.optim import AdamW, OptimConfig, learning_rate
 from e5core.preemption import NEVER, Preempted, Preemption
 from e5core.run import (
     PREEMPTED,
@@ -104,8 +104,8 @@ def _run(
     """Do what `train` does, from the weights on."""
     device, dtype = world.device, planned.dtype
     lora, causal, seed = config.lora, config.backbone.causal, config.train.seed
-    recompute = config.batch.recompute
-    model = build_model(model_path, dtype, device, causal=causal, lora=lora, seed=seed, recompute=recompute)
+    held = {"recompute": config.batch.recompute, "strategy": planned.chosen.setting.strategy, "world": world}
+    model = build_model(model_path, dtype, device, causal=causal, lora=lora, seed=seed, **held)
     encoder = Encoder(model, Tokenizer.load(model_path, config.tokenizer), device, config.eval.max_tokens, world)
     resume_step = share(make_folder(run, config) if world.is_main else None, world)[0]
     if world.is_main:
@@ -117,7 +117,7 @@ def _run(
     if best is not None:
         folder = checkpoint.step_folder(run, best["step"])
         checkpoint.check_files(folder)
-        read_adapter(folder, model.backbone)
+        read_adapter(folder, model.backbone, model.put)
         log(f"best checkpoint: step {best['step']} with {best['metric']} = {best['value']:.2f}")
     scores |= _report(run, "after", encoder, config.eval.report)
     if config.eval.report and world.is_main:
@@ -142,10 +142,15 @@ def backward_step(
     """
     device = model.backbone.norm.weight.device
     packed = pack(batch.sequences, budget, device, numbers=batch.rows)
+    shards = model.shards
+    n_idle = 0 if shards is None else largest(len(packed), world) - len(packed)  # empty micro-batches
+    between = preemption.between if shards is None else iter  # others gather with this rank: it must not leave halfway
     *pieces, fullest = sorted(packed, key=lambda piece: len(piece.tokens))
     with preemption.phase():
         with torch.no_grad():
-            parts = [model(piece, dropout) for piece in preemption.between(pieces)]
+            parts = [model(piece, dropout) for piece in between(pieces)]
+        for _ in range(n_idle):
+            shards.idle(backward=False)
         kept = model(fullest, dropout)
     rows = torch.cat([piece.rows for piece in (*pieces, fullest)])
     embeddings = torch.cat([*parts, kept.detach()]).requires_grad_()  # (n, D) of this rank, as packed
@@ -159,9 +164,15 @@ def backward_step(
     with preemption.phase():
         kept.backward(last)
         del kept
-        for piece, part in preemption.between(zip(pieces, gradients, strict=True)):
+        for piece, part in between(zip(pieces, gradients, strict=True)):
             model(piece, dropout).backward(part)
-    sum_gradients(model.parameters(), world)
+        for _ in range(n_idle):
+            shards.idle(backward=True)
+    if shards is None:
+        sum_gradients(model.parameters(), world)
+    else:
+        shards.reduce_gradients()
+        shards.release()
     return result
 
 
@@ -171,6 +182,12 @@ def _blame(batch: GlobalBatch, rows: list[int]) -> str:
     if not ids:
         return f"all embeddings are finite; records {', '.join(batch.record_ids[:5])}, ..."
     return f"embeddings of records {', '.join(sorted(ids)[:5])} are not; lower optim.lr or look at these texts"
+
+
+def make_optimizer(model: EmbeddingModel, config: OptimConfig) -> AdamW:
+    """Make the optimizer of what is trained; over shards each rank has that of its slices."""
+    shards = model.shards
+    return AdamW(model.trained(), config) if shards is None else AdamW(shards.slices(), config, shards.world)
 
 
 def _loop(
@@ -184,7 +201,8 @@ def _loop(
 ) -> None:
     """Train from the resumed step (or the first) to the last, with logs, evaluations and checkpoints."""
     model, world, n_steps = encoder.model, encoder.world, total_steps(config, mixture)
-    optimizer, preemption = AdamW(_trainable(model), config.optim), Preemption(world)
+    optimizer = make_optimizer(model, config.optim)
+    preemption = Preemption(world)
     card, best, done = _card(config, model_path, encoder), None, resume_step or 0
     if resume_step is not None:
         best = checkpoint.restore(checkpoint.step_folder(run, resume_step), model, optimizer, mixture.digest, card)
@@ -197,7 +215,7 @@ def _loop(
 
         def save() -> None:
             golden, state = encoder.golden_vectors(), {"step": done, **mixture.state(), "best": best}
-            saving.begin(done, model.backbone, config.lora, card, golden, optimizer, state)
+            saving.begin(done, dict(model.masters()), config.lora, card, golden, optimizer, state)
 
         try:
             while done < n_steps:
@@ -302,7 +320,7 @@ def _train_step(
 
 def _check_moved(model: EmbeddingModel) -> None:
     """Stop a run whose adapters do not learn (peft #1402: B stayed zero while the loss fell)."""
-    still = [name for name, linear in adapters(model.backbone) if not linear.lora_b.any()]
+    still = [name for name, master in model.masters() if name.endswith("lora_b") and not master.any()]
     if still:
         raise FloatingPointError(
             f"after the first step lora_b of {len(still)} linears is still zero, first of them {still[0]}: no gradient "
@@ -339,10 +357,6 @@ def _show_peak(run: Path, planned: Plan, device: torch.device) -> None:
     told = f"memory: {predicted:,.0f} MiB predicted, {measured:,.0f} MiB measured after a step ({what})"
     log(f"MiB of rank 0 by plan:\n{as_table(planned.chosen.lines)}\n{told}")
     write_whole(run / "plan.txt", f"{describe(planned)}{told}\n")
-
-
-def _trainable(model: EmbeddingModel) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _report(run: Path, moment: str, encoder: Encoder, sets: Sequence[EvalSet]) -> dict[str, dict[str, float]]:

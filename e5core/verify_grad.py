@@ -1,7 +1,7 @@
 """Is the gradient that a run trains on that of the whole batch?  torchrun ... -m e5core.verify_grad CONFIG.toml
 
-The first step of the user's own config is done twice: split, as training does it, over ranks and micro-batches with its
-recompute policy; and whole, by every rank for itself, in one pass that keeps everything. Adapters start with random B,
+The first step of the user's own config is done twice: split, as training does it, over ranks, shards and micro-batches
+with its recompute policy; and whole, by every rank for itself, in one pass that keeps everything. Adapters start with random B,
 since B = 0 would leave A without a gradient and hide faults in it. With the split gradient g and the whole gradient w:
 
     scale   <g, w> / <w, w>      1: clipping, weight decay and learning rate mean what they say
@@ -69,6 +69,8 @@ def verify_gradient(config: Config, world: World) -> Comparison:
         lora=config.lora,
         seed=seed,
         recompute=settings.recompute,
+        strategy=config.sharding.strategy,
+        world=world,
     )
     _randomise_b(model, seed)
     records = mixture.batch(0, settings.size)
@@ -79,6 +81,8 @@ def verify_gradient(config: Config, world: World) -> Comparison:
     whole = build_batch(records, tokenizer, settings, seed, 0, myself)
     log(f"{whole.n_queries} queries, {whole.n_tokens:,} tokens; ranks: {world.world_size}; {dtype}")
     whole_loss, wanted = _gradient(model, whole, config, whole.n_tokens, myself)
+    if model.shards is not None:
+        wanted /= model.shards.world.world_size * model.shards.replicas.world_size  # each rank added the same to it
     product, square = gradient @ wanted, wanted @ wanted
     found = share(((product / square).item(), (product / (gradient.norm() * square.sqrt())).item()), world)
     scale, cosine = max(found, key=lambda pair: abs(pair[0] - 1) + 1 - pair[1])
@@ -89,20 +93,26 @@ def _gradient(
     model: EmbeddingModel, batch: GlobalBatch, config: Config, budget: int, world: World
 ) -> tuple[float, Tensor]:
     """Do a step's forward and backward passes.  Returns the loss and the gradient, flat, in float64."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss = backward_step(model, batch, config.loss, budget, (config.train.seed, 0), world).loss.item()
-    gradient = torch.cat([parameter.grad.flatten().double() for parameter in trainable])
-    for parameter in trainable:
+    gradients = {name: parameter.grad for name, parameter in model.trained().items()}
+    if model.shards is not None:
+        gradients = dict(model.shards.whole(gradients))
+    flat = torch.cat([gradient.flatten().double() for gradient in gradients.values()])
+    for parameter in model.trained().values():
         parameter.grad = None
-    return loss, gradient
+    return loss, flat
 
 
 @torch.no_grad()
 def _randomise_b(model: EmbeddingModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for _, linear in adapters(model.backbone):
+    for name, linear in adapters(model.backbone):
         bound = 1 / linear.lora_b.shape[0] ** 0.5
-        linear.lora_b.copy_(torch.empty(linear.lora_b.shape).uniform_(-bound, bound, generator=generator))
+        values = torch.empty(linear.lora_b.shape).uniform_(-bound, bound, generator=generator)
+        if model.put is None:
+            linear.lora_b.copy_(values)
+        else:
+            model.put(f"{name}.lora_b", values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

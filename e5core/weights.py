@@ -8,7 +8,7 @@ one, so that loading never holds a second copy of the model. Runs refer to their
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,11 +96,26 @@ def read_config(path: Path, *, causal: bool = True) -> BackboneConfig:
     return replace(hf_config(object_of(read_json(file), "the file", file), file), causal=causal)
 
 
-def load_weights(backbone: Backbone, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+def give_dtypes(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Give a backbone on the meta device the dtypes that it is held in (adapters too, whose masters are wide)."""
+    for module in backbone.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            held = _held(module, dtype) if _is_base(f".{leaf}") else torch.promote_types(dtype, torch.float32)
+            parameter.data = parameter.data.to(held)
+
+
+def load_weights(
+    backbone: Backbone,
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    put: Callable[[str, Tensor], None] | None = None,
+) -> None:
     """Fill the backbone (on the meta device or not) from the model's file, tensor by tensor.
 
     Weights are held in `dtype`, those of norms in max(fp32, dtype): they cost nothing, norms compute in it anyway, and
     Gemma's 1 + w (see families.py) would lose bits of w in bf16.
+    put: takes (our name, tensor as the file has it) instead, which is then kept nowhere else.
     Raises ValueError for a tensor that is missing, unknown, of another shape than config.json says, or not finite.
     """
     expected = {name: parameter for name, parameter in backbone.named_parameters() if _is_base(name)}
@@ -113,12 +128,14 @@ def load_weights(backbone: Backbone, path: Path, dtype: torch.dtype, device: tor
                 f"{path}: {name} has shape {tuple(tensor.shape)}, but the model's config asks for "
                 f"{tuple(parameter.shape)}; config and weights are of two models"
             )
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # isfinite of all would take 1.5 times its memory
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged, download it again")
+        if put is not None:
+            put(name, tensor)
+            continue
         owner, _, leaf = name.rpartition(".")
         module = backbone.get_submodule(owner)
-        held = torch.promote_types(dtype, torch.float32) if isinstance(module, RMSNorm) else dtype
-        loaded = torch.nn.Parameter(tensor.to(device=device, dtype=held), requires_grad=False)
+        loaded = torch.nn.Parameter(tensor.to(device=device, dtype=_held(module, dtype)), requires_grad=False)
         module.register_parameter(leaf, loaded)
     if expected:
         names = sorted(expected)
@@ -137,6 +154,10 @@ def fingerprint(path: Path) -> str:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _held(module: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if isinstance(module, RMSNorm) else dtype
 
 
 def _is_base(name: str) -> bool:

@@ -14,9 +14,16 @@ import torch
 from e5core.distributed import World, start
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 240) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: object,
+    timeout_s: float = 240,
+    local_size: int | None = None,
+) -> list[Any]:
     """Call function(world, *arguments) in so many processes.  Returns what each returned, by rank.
 
+    local_size: processes on a node; None: there is one node.
     function: of a module that imports little, since every process imports it anew.
     Raises AssertionError with the traceback of the first rank that failed, or where one is silent for too long.
     """
@@ -25,6 +32,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: object,
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        variables |= {"LOCAL_WORLD_SIZE": local_size or world_size}
         process = context.Process(target=_rank, args=(theirs, variables, function, arguments), daemon=True)
         process.start()
         theirs.close()

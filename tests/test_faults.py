@@ -27,8 +27,9 @@ from e5core.encode import Encoder
 from e5core.encoder import build_model
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
-from e5core.optim import AdamW, OptimConfig, Slice
+from e5core.optim import AdamW, OptimConfig
 from e5core.preemption import Preempted, Preemption
+from e5core.sharding import Slice
 from e5core.train import backward_step, main
 
 STEPS, SIZE, N_RECORDS = 16, 4, 20  # the epochs end within steps 5, 10 and 15

@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from test_backbone import packed, relative
 
-from e5core.adapter import adapter_tensors, write_adapter
+from e5core.adapter import write_adapter
 from e5core.backbone import BackboneConfig
 from e5core.batches import pack
 from e5core.encoder import EmbeddingModel, build_model
@@ -75,7 +75,7 @@ def test_a_saved_adapter_loads_in_peft(tmp_path: Path, recwarn: pytest.WarningsR
     peer, lora = save_peer("mistral", tmp_path / "base"), LoraConfig(rank=4, alpha=10.0, dropout=0.0)
     model, folder = adapted(tmp_path / "base", lora), tmp_path / "adapter"
     folder.mkdir()
-    write_adapter(folder, adapter_tensors(model.backbone), lora, str(tmp_path / "base"))
+    write_adapter(folder, dict(model.masters()), lora, str(tmp_path / "base"))
     theirs = PeftModel.from_pretrained(peer, folder)
     assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
     texts, tokens, cu_seqlens = packed()

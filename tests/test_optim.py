@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from e5core.optim import AdamW, OptimConfig, Slice, learning_rate
+from e5core.optim import AdamW, OptimConfig, learning_rate
+from e5core.sharding import Slice
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:

@@ -51,10 +51,12 @@ def figures(output: str) -> dict[str, float]:
     return {line[0]: float(line[1].rstrip(",")) for line in lines if line[0] in ("loss", "scale", "cosine")}
 
 
+@pytest.mark.parametrize("strategy", ["none", "full"])
 def test_two_ranks_in_small_micro_batches_with_recompute_have_the_gradient_of_the_whole_batch(
-    config_file: Path, tmp_path: Path
+    strategy: str, config_file: Path, tmp_path: Path
 ) -> None:
-    done = verify(tmp_path, 2, 1, str(config_file), "batch.micro_batch_tokens=100", 'batch.recompute="block"')
+    changes = ["batch.micro_batch_tokens=100", 'batch.recompute="block"', f'sharding.strategy="{strategy}"']
+    done = verify(tmp_path, 2, 1, str(config_file), *changes)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "passed", done.stdout + done.stderr
     found = figures(done.stdout)
     assert found["scale"] == pytest.approx(1, abs=1e-5) and found["cosine"] == pytest.approx(1, abs=1e-8)

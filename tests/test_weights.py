@@ -25,7 +25,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from e5core.adapter import adapter_tensors, read_adapter, write_adapter
+from e5core.adapter import read_adapter, write_adapter
 from e5core.encoder import EmbeddingModel
 from e5core.gguf_file import read_gguf_header
 from e5core.lora import LoraConfig, adapters, init_lora
@@ -467,7 +467,7 @@ def test_adapters_come_back_and_damage_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, other, folder = _adapted(tmp_path, 1), _adapted(tmp_path, 2), tmp_path / "adapter"
     folder.mkdir()
-    write_adapter(folder, adapter_tensors(model.backbone), LoraConfig(rank=4, alpha=8.0), "base")
+    write_adapter(folder, dict(model.masters()), LoraConfig(rank=4, alpha=8.0), "base")
     read_adapter(folder, other.backbone)
     for (_, a), (_, b) in zip(adapters(model.backbone), adapters(other.backbone), strict=True):
         assert torch.equal(a.lora_a, b.lora_a) and torch.equal(a.lora_b, b.lora_b)

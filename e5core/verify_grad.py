@@ -1,8 +1,8 @@
 """Is the gradient that a run trains on that of the whole batch?  torchrun ... -m e5core.verify_grad CONFIG.toml
 
 The first step of the user's own config is done twice: split, as training does it, over ranks, shards and micro-batches
-with its recompute policy; and whole, by every rank for itself, in one pass that keeps everything. Adapters start with random B,
-since B = 0 would leave A without a gradient and hide faults in it. With the split gradient g and the whole gradient w:
+with its recompute policy; and whole, by every rank for itself, in one pass that keeps everything. Adapters start with
+random B, since B = 0 would leave A without a gradient and hide faults in it. With the split gradient g and the whole w:
 
     scale   <g, w> / <w, w>      1: clipping, weight decay and learning rate mean what they say
     cosine  <g, w> / |g| |w|     1: the direction is right

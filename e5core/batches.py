@@ -39,7 +39,9 @@ class BatchConfig:
 
     size: Annotated[int, Field(ge=1)] = 2048  # examples (queries) in one optimisation step (paper, appendix A)
     max_tokens: Annotated[int, Field(ge=3)] = 512  # of every text, BOS and EOS included (paper, appendix A)
+    composition: Literal["mixed", "homogeneous"] = "mixed"  # homogeneous: every batch is of one source (2402.09906)
     negatives: Annotated[int, Field(ge=0, le=15)] = 1  # hard negatives per query, at most (paper: 1)
+    choice: Literal["top", "random"] = "top"  # of more hard negatives: the first ones, or drawn anew at every step
     # tokens whose activations are in memory at once; "auto": what suits the device's free memory (estimate.py)
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = 8192
     recompute: Literal[Policy, "auto"] = "none"  # activations that a step computes twice instead of keeping them
@@ -104,13 +106,13 @@ def build_batch(
     """Turn the records of one step into a GlobalBatch, of which this rank tokenises its own share.
 
     Every rank needs a record. One with several positives gives one of them, drawn by (seed, step, place in the batch);
-    the others are no negatives for it. Of more hard negatives than the config asks for, the first are taken.
+    the others are no negatives for it. Of more hard negatives than the config asks for, it takes those of its `choice`.
     """
     texts: list[str] = [query_text(record.task, record.query) for record in records]
     target, owner, hashes = [], [], []
     for i, record in enumerate(records):
         target.append(len(owner))
-        for text in (chosen_positive(record, seed, step, i), *record.negatives[: config.negatives]):
+        for text in (chosen_positive(record, seed, step, i), *chosen_negatives(record, config, seed, step, i)):
             instructed = record.symmetric and record.kind in config.instruct_documents
             texts.append(query_text(record.task, text) if instructed else document_text(text))
             owner.append(i)
@@ -168,6 +170,15 @@ def chosen_positive(record: Record, seed: int, step: int, place: int) -> str:
         return record.positives[0]
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, place]))
     return record.positives[generator.integers(len(record.positives))]
+
+
+def chosen_negatives(record: Record, config: BatchConfig, seed: int, step: int, place: int) -> tuple[str, ...]:
+    """Return the hard negatives that this step trains on, in the record's order."""
+    n = len(record.negatives)
+    if config.choice == "top" or n <= config.negatives:
+        return record.negatives[: config.negatives]
+    generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 1, place]))
+    return tuple(record.negatives[j] for j in sorted(generator.permutation(n)[: config.negatives]))
 
 
 def _banned(records: Sequence[Record]) -> Tensor:

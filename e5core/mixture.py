@@ -1,8 +1,11 @@
 """Which records make up each step: a pure function of (seed, step), so that a resumed run goes on exactly.
 
 Every source gives `ratio` of its records to an epoch (1 = each once, 0.1 = a tenth drawn anew each epoch, 2 = each
-twice: the paper's sample ratios, arXiv 2401.00368 Table 14). An epoch is one seeded permutation of these; epochs follow
-one another without a gap, so there is no incomplete last batch.
+twice: the paper's sample ratios, arXiv 2401.00368 Table 14), or its part by `weight` of an epoch as long as all sources
+together. An epoch is one seeded permutation of these, or of batches of one source each (order.py); epochs follow one
+another without a gap, so there is no incomplete last batch.
+
+Sources are in memory, or in stores on disk where the config names a folder of them (row_store.py).
 
 A source that is a folder may grow while the run goes on. What is in it is looked up when an epoch begins, and holds for
 that epoch. A checkpoint keeps what each epoch begun so far took in, and a resumed run begins these as they were; one
@@ -10,30 +13,22 @@ that began after the checkpoint begins anew.
 """
 
 import hashlib
+import tempfile
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field
 
 from e5core.distributed import ALONE, World, log, share
 from e5core.manifest import Shard, added, new_lines
-from e5core.records import Record, parse_lines, read_records
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """One [[data.sources]] table."""
-
-    # JSON lines (.jsonl or .jsonl.gz): the paper's six kinds, or {task, query, pos, neg}; or a folder of such .jsonl
-    # files that may grow during the run, as e5core.synth's records/ does: an epoch has the whole lines at its beginning
-    path: str
-    ratio: Annotated[float, Field(gt=0, le=100)] = 1.0  # of its records per epoch
+from e5core.order import HomogeneousOrder, ListedOrder, MixedOrder
+from e5core.records import Record, parse_lines
+from e5core.row_store import StoredRows, stale, store_folder
+from e5core.sources import Notes, Source, format_of, is_growing, read_source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +37,13 @@ class DataConfig:
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     skip_broken: bool = False  # leave out lines that cannot be read (each is named in the log) instead of stopping
+    store: str = ""  # folder of the stores that `python -m e5core.data build` writes; "" = read the sources into memory
+
+    def __post_init__(self) -> None:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            missing = self.sources[weighted.index(False)].path
+            raise ValueError(f"weight is for all sources or none: {missing} has none; give it one, or ratios to all")
 
 
 class Folders:
@@ -105,31 +107,54 @@ class Mixture:
     """The records of a run and their order."""
 
     def __init__(
-        self, sources: Sequence[Sequence[Record]], ratios: Sequence[float], seed: int, folders: Folders | None = None
+        self,
+        sources: Sequence[Sequence[Record]],
+        ratios: Sequence[float],
+        seed: int,
+        folders: Folders | None = None,
+        *,
+        settings: Sequence[Source] = (),
+        homogeneous: int | None = None,
     ) -> None:
-        """sources: the files' records, nothing for a folder.  folders: what gives the others theirs."""
-        self.records = [record for source in sources for record in source]
+        """sources: the files' records or stores, nothing for a folder.  folders: what gives the others theirs.
+
+        settings: the sources' tables, for weight, tasks and in_batch.  homogeneous: the size of batches of one source.
+        """
         self.seed = seed
-        self._n_fixed = len(self.records)  # later ones are the folders'
+        self._sources = [rows if isinstance(rows, StoredRows) else list(rows) for rows in sources]
+        self._n_fixed = [len(rows) for rows in sources]  # later ones are the folders'
         self._ratios = ratios
+        self._settings = settings
         self._folders = folders
-        self._places = [np.arange(*bounds) for bounds in pairwise(np.cumsum([0, *map(len, sources)]))]  # in records
-        self._lengths: list[list[int]] = []  # of each epoch begun: how many records each source has
-        self._starts = [0]  # the first position of each epoch begun, and of the next one
-        self._epoch: tuple[int, np.ndarray] | None = None  # the permutation of the epoch in hand
+        if homogeneous is not None:
+            self._order = HomogeneousOrder(seed, homogeneous)
+        elif any(isinstance(rows, StoredRows) for rows in sources):
+            self._order = MixedOrder(seed)
+        else:
+            self._order = ListedOrder(seed)
         self.begin_epoch()
 
     @property
+    def n_records(self) -> int:
+        """Number of records there are now."""
+        return sum(map(len, self._sources))
+
+    @property
     def epoch_size(self) -> int:
-        """Number of records in the newest epoch."""
-        return self._starts[-1] - self._starts[-2]
+        """Number of records that the newest epoch draws."""
+        return sum(self._counts())
 
     @cached_property
     def digest(self) -> str:
         """Hash of the records that are the same at every epoch."""
         digest = hashlib.blake2b(digest_size=16)
-        for record in self.records[: self._n_fixed]:
-            digest.update(repr(record).encode())
+        for source, (rows, n) in enumerate(zip(self._sources, self._n_fixed, strict=True)):
+            if isinstance(rows, StoredRows):
+                setting = self._settings[source] if self._settings else None
+                digest.update(repr((rows.digest, setting and (setting.tasks, setting.in_batch))).encode())
+                continue
+            for row in range(n):
+                digest.update(repr(self._record(source, row)).encode())
         return digest.hexdigest()
 
     def state(self) -> dict[str, Any]:
@@ -138,65 +163,97 @@ class Mixture:
         return {"data": self.digest, "epochs": [[asdict(shard) for shard in epoch] for epoch in epochs]}
 
     def batch(self, step: int, size: int) -> list[Record]:
-        """Return the records of step `step` (from 0) in order; begins the epochs that it reaches."""
-        first = step * size
-        return [self.records[self._index(position)] for position in range(first, first + size)]
+        """Return the records of step `step` (from 0) in order; begins the epochs that it reaches.
+
+        size: of a homogeneous mixture at most its batches' own: the first so many of the step's.
+        """
+        while self._order.starts[-1] < self._order.end(step, size):
+            self.begin_epoch()
+        return [self._record(source, row) for source, row in self._order.rows(step, size)]
 
     def n_epochs(self, n_drawn: int) -> float:
         """Return how many epochs the first n_drawn records are (n_drawn >= 1, all of them given out by `batch`)."""
-        epoch = bisect_right(self._starts, n_drawn - 1) - 1
-        first, end = self._starts[epoch : epoch + 2]
+        starts = self._order.starts
+        epoch = bisect_right(starts, n_drawn - 1) - 1
+        first, end = starts[epoch : epoch + 2]
         return epoch + (n_drawn - first) / (end - first)
 
     def begin_epoch(self) -> None:
         """Begin the next epoch, with what the folders gained."""
         for source, gained in enumerate(self._folders.enter() if self._folders else []):
-            first, last = len(self.records), len(self.records) + len(gained)
-            self._places[source] = np.concatenate([self._places[source], np.arange(first, last)])
-            self.records += gained
-        self._lengths.append([len(places) for places in self._places])
-        self._starts.append(self._starts[-1] + sum(self._counts(-1)))
+            if gained:
+                self._sources[source] += gained
+        self._order.begin_epoch([len(rows) for rows in self._sources], self._counts())
 
-    def _counts(self, epoch: int) -> list[int]:
+    def _counts(self) -> list[int]:
         """Return how many records each source gives to an epoch."""
-        return [max(1, round(n * ratio)) for n, ratio in zip(self._lengths[epoch], self._ratios, strict=True)]
+        lengths = [len(rows) for rows in self._sources]
+        weights = [setting.weight for setting in self._settings if setting.weight is not None]
+        if weights:
+            parts = [sum(lengths) * weight / sum(weights) for weight in weights]
+        else:
+            parts = [n * ratio for n, ratio in zip(lengths, self._ratios, strict=True)]
+        return [max(1, round(part)) for part in parts]
 
-    def _index(self, position: int) -> int:
-        while position >= self._starts[-1]:
-            self.begin_epoch()
-        epoch = bisect_right(self._starts, position) - 1
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._permutation(epoch))
-        return int(self._epoch[1][position - self._starts[epoch]])
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        drawn = []
-        for places, n, count in zip(self._places, self._lengths[epoch], self._counts(epoch), strict=True):
-            whole, rest = divmod(count, n)
-            drawn += [places[:n]] * whole + [places[generator.permutation(n)[:rest]]]
-        return generator.permutation(np.concatenate(drawn))
+    def _record(self, source: int, row: int) -> Record:
+        record = self._sources[source][row]
+        return self._settings[source].dress(record, row) if self._settings else record
 
 
 def load_mixture(
-    config: DataConfig, seed: int, epochs: Sequence[Sequence[Mapping[str, Any]]] = (), world: World = ALONE
+    config: DataConfig,
+    seed: int,
+    epochs: Sequence[Sequence[Mapping[str, Any]]] = (),
+    world: World = ALONE,
+    homogeneous: int | None = None,
 ) -> tuple[Mixture, list[str]]:
     """Read all sources.  Returns the mixture and a message for each broken line of a file that was skipped.
 
     epochs: of the state() of the run to go on with.  world: its ranks begin each epoch together, in `batch`.
-    Raises BrokenRecord (a line), FileNotFoundError (a source) or ValueError (a source without records, or a file of a
-    folder that has changed since the run read it).
+    homogeneous: the size of batches of one source each; None: mixed ones.
+    Raises BrokenRecord (a line), FileNotFoundError (a source) or ValueError (a source without records, a stale store,
+    or a file of a folder that has changed since the run read it).
     """
-    sources, paths, skipped = [], [], []
-    for path in (Path(source.path) for source in config.sources):
-        folder = path.is_dir()
-        records, messages = ([], []) if folder else read_records([path], skip_broken=config.skip_broken)
-        paths.append(path if folder else None)
-        sources.append(records)
-        skipped += messages
+    sources, paths = [], []
+    notes = Notes(skip_broken=config.skip_broken)
+    for source in config.sources:
+        stored = stored_rows(config, source)
+        growing = stored is None and is_growing(source)
+        paths.append(Path(source.path) if growing else None)
+        if stored is None:
+            stored = [] if growing else _read(source, notes)
+        sources.append(stored)
     recorded = [[Shard(**shard) for shard in epoch] for epoch in epochs]
     folders = Folders(paths, recorded, skip_broken=config.skip_broken, world=world) if any(paths) else None
-    mixture = Mixture(sources, [source.ratio for source in config.sources], seed, folders)
+    ratios = [source.ratio for source in config.sources]
+    mixture = Mixture(sources, ratios, seed, folders, settings=config.sources, homogeneous=homogeneous)
     for _ in recorded[1:]:
         mixture.begin_epoch()
-    return mixture, skipped
+    return mixture, notes.skipped
+
+
+def stored_rows(config: DataConfig, source: Source) -> StoredRows | None:
+    """Open a source's store; None where the config names no folder of stores or this one was not built.
+
+    Raises ValueError for a store that is no longer its source's.
+    """
+    folder = store_folder(Path(config.store), source)
+    if not config.store or not folder.is_dir():
+        return None
+    rows = StoredRows(folder)
+    if why := stale(rows, source, skip_broken=config.skip_broken):
+        raise ValueError(f"the store {folder} is stale: {why}; run python -m e5core.data build on the config again")
+    gone = "" if Path(source.path).exists() else ", whose files are not here to compare"
+    log(f"{source.path}: {len(rows):,} rows from the store {folder}{gone}")
+    return rows
+
+
+def _read(source: Source, notes: Notes) -> list[Record]:
+    """Read a source into memory, and say in the log what form it has, unless it is the usual one."""
+    before = notes.n_without_positive
+    with tempfile.TemporaryDirectory() as spool:
+        records = list(read_source(source, Path(spool), notes))
+    if (name := format_of(source)) != "records":
+        left_out = notes.n_without_positive - before
+        log(f"{source.path}: {len(records):,} rows of the format {name}; {left_out:,} without a positive left out")
+    return records

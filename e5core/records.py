@@ -5,19 +5,20 @@ A line has one of two forms, told apart by its keys:
     {"kind", "task", "language", "params", "response": {...}}   the six kinds of arXiv 2401.00368, appendix C
     {"task", "query", "pos", "neg", ...}                        plain; pos and neg are a text or a list of texts
 
-Files end in .jsonl or .jsonl.gz; blank lines are passed over. All text leaves here in Unicode's NFC form. Whoever gets
-a Record may trust it: text is not blank, there is a positive, at most 15 negatives, scores fit the candidates.
+Files end in .jsonl, .jsonl.gz or .jsonl.zst; blank lines are passed over. All text leaves here in Unicode's NFC form.
+Whoever gets a Record may trust it: text is not blank, there is a positive, at most 15 negatives, scores fit the
+candidates.
 """
 
 import difflib
-import gzip
 import json
 import math
 import unicodedata
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from e5core.archives import DamagedArchive, open_file, plain_name
 
 MAX_NEGATIVES = 15
 
@@ -103,7 +104,7 @@ def parse_lines(lines: Iterable[tuple[int, bytes]], path: Path, *, skip_broken: 
         place = f"{path}:{line}"
         try:
             fields = parse_object(raw, place)
-            records.append(record_of(fields, place, stem=_stem(path), line=line))
+            records.append(record_of(fields, place, stem=stem_of(path), line=line))
         except BrokenRecord as error:
             if not skip_broken:
                 raise
@@ -112,20 +113,20 @@ def parse_lines(lines: Iterable[tuple[int, bytes]], path: Path, *, skip_broken: 
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) for every line of a file, or of a .gz file, that is not blank.
+    """Yield (line number from 1, bytes) for every line of a file, plain, .gz or .zst, that is not blank.
 
-    Raises FileNotFoundError if path is no file, BrokenRecord on a damaged .gz archive.
+    Raises FileNotFoundError if path is no file, BrokenRecord on a damaged archive.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     line = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
+    try:
+        with open_file(path) as file:
             for line, raw in enumerate(file, start=1):
                 if raw.strip():
                     yield line, raw
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise BrokenRecord(f"{path}:{line + 1}: damaged gzip archive ({error}); fetch the file again") from error
+    except DamagedArchive as error:
+        raise BrokenRecord(f"{path}:{line + 1}: {error}; fetch the file again") from error
 
 
 def parse_object(raw: bytes, place: str) -> dict[str, object]:
@@ -318,8 +319,9 @@ def _type_name(value: object) -> str:
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names[type(value)]
+    return names.get(type(value), type(value).__name__)
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".jsonl")
+def stem_of(path: Path) -> str:
+    """Return the name of a file without its endings, by which its records are called."""
+    return plain_name(path).removesuffix(".jsonl")

@@ -25,7 +25,9 @@ from e5core.loss import LossConfig
 from e5core.memory import Ranks, sizes_of
 from e5core.mixture import DataConfig, Mixture
 from e5core.optim import OptimConfig
+from e5core.row_store import store_folder
 from e5core.sharding import ShardingConfig
+from e5core.sources import is_growing
 from e5core.testsets import EvalSet, read_sets
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import read_config, resolve_model
@@ -103,7 +105,10 @@ def check_ranks(config: Config, world: World) -> None:
 def check_files(config: Config) -> Path:
     """Look for every file that the run needs before anything is read.  Returns the model's path."""
     for i, source in enumerate(config.data.sources):
-        if existing(Path(source.path), f"data.sources[{i}].path").is_dir() and config.train.steps is None:
+        if config.data.store and store_folder(Path(config.data.store), source).is_dir():
+            continue  # the source itself may be elsewhere
+        existing(Path(source.path), f"data.sources[{i}].path")
+        if is_growing(source) and config.train.steps is None:
             raise ValueError(
                 f"data.sources[{i}].path = {source.path!r} is a folder, which may grow, so nobody knows how many steps "
                 "train.epochs will be: give train.steps instead"

@@ -87,7 +87,8 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     model_path = check_files(config)
     check_folder(run, config, world)
     epochs = checkpoint.begun_epochs(run) if config.train.resume else []
-    mixture, skipped = load_mixture(config.data, config.train.seed, epochs, world)
+    homogeneous = config.batch.size if config.batch.composition == "homogeneous" else None
+    mixture, skipped = load_mixture(config.data, config.train.seed, epochs, world, homogeneous)
     for message in skipped:
         log(f"skipped {message}")
     check_same({"hash of the training records": mixture.digest}, world)
@@ -375,7 +376,7 @@ def _show_start(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> None:
     """Say what will run, and keep the exact ids of one example per side in RUN/tokens.txt."""
     log(tokenizer.describe())
     n_steps, size = total_steps(config, mixture), config.batch.size
-    log(f"{len(mixture.records):,} records, {mixture.epoch_size:,} an epoch; {n_steps} steps of {size} examples")
+    log(f"{mixture.n_records:,} records, {mixture.epoch_size:,} an epoch; {n_steps} steps of {size} examples")
     warmup = config.optim.warmup(n_steps)
     if warmup >= n_steps:
         log(f"warning: the warm-up of {warmup} steps never ends in {n_steps}; set optim.warmup_share")

@@ -39,12 +39,12 @@ def test_growth_enters_at_the_border_and_is_recorded(tmp_path: Path, capfd: pyte
     folder = tmp_path / "records"
     grow(folder, 0, "a", "b", "c", "d", torn='{"query"')
     mixture, _ = load_mixture(config_of(folder), 1)
-    assert len(mixture.records) == mixture.epoch_size == 4
+    assert mixture.n_records == mixture.epoch_size == 4
     mixture.batch(0, 3)
     (folder / "00000.jsonl").write_text("".join(map(line, "abcd")) + line("e"))
     grow(folder, 1, "f", "g", torn="{")
     assert drawn(mixture, 0, 4) == ["a", "b", "c", "d"]
-    assert len(mixture.records) == 4 and "new records" not in capfd.readouterr().err
+    assert mixture.n_records == 4 and "new records" not in capfd.readouterr().err
     assert drawn(mixture, 4, 11) == ["a", "b", "c", "d", "e", "f", "g"] == drawn(mixture, 11, 18)
     assert "epoch 2 begins with 3 new records from 2 files" in capfd.readouterr().err
     epochs = mixture.state()["epochs"]

@@ -17,17 +17,21 @@ FLOORS = (
     (
         "ground",
         {
+            "archives",
             "cards",
             "config",
             "contamination",
             "distributed",
+            "formats",
+            "gguf_file",
+            "gguf_tokenizer",
+            "joined",
+            "manifest",
+            "order",
             "preemption",
             "progress",
             "records",
-            "manifest",
             "tokenizer",
-            "gguf_file",
-            "gguf_tokenizer",
         },
     ),
     (
@@ -42,6 +46,8 @@ FLOORS = (
             "mixture",
             "metrics",
             "search",
+            "row_store",
+            "sources",
             "testsets",
             "adapter",
         },
@@ -75,7 +81,7 @@ ENTRY_IMPORTS = {  # other entries know no entry
     ("verify_grad", "train"),
 }
 # and each other; torch takes seconds, and API machines have none
-SYNTH_IMPORTS = {"config", "contamination", "progress", "records"}
+SYNTH_IMPORTS = {"archives", "config", "contamination", "progress", "records"}
 KERNEL_IMPORTS = {"torch", "triton", "numpy", "e5kernels"}  # and the standard library
 NEVER_IMPORTED = {"tests", "bench", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ENVIRONMENT_READERS = {"distributed", "synth.client"}  # ranks; API keys

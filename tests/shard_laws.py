@@ -180,7 +180,7 @@ def beside_fully_shard(world: World, embedder: str, n_steps: int) -> dict[str, A
         fully_shard(layer)
     fully_shard(theirs)
     trained = [p for p in theirs.parameters() if p.requires_grad]
-    torch_optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=OPTIM.weight_decay)
+    torch_optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=OPTIM.weight_decay)
     curves: tuple[list[float], list[float]] = ([], [])
     for number in range(n_steps):
         # texts of one length, since fully_shard's ranks must have as many each
@@ -189,7 +189,7 @@ def beside_fully_shard(world: World, embedder: str, n_steps: int) -> dict[str, A
         batch = build_batch(records, tokenizer, BatchConfig(), seed=1, step=number, world=world)
         curves[0].append(backward_step(ours, batch, LOSS, 60, (7, number), world).loss.item())
         optimizer.clip_gradients()
-        optimizer.update(1e-2)
+        optimizer.update(1e-3)
         (packed,) = pack(batch.sequences, 10_000, CPU, numbers=batch.rows)
         queries, candidates = theirs(packed, (7, number)).split([3, 6])
         everyone = torch.cat(torch.distributed.nn.functional.all_gather(candidates))

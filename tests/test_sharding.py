@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import save_embedder
+from models import moments, save_embedder
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from shard_laws import BUDGETS, CASES, N_STEPS, four_ranks, fully_trained, loaded, training, two_ranks, vectors
@@ -67,7 +67,7 @@ def distance(got: np.ndarray, wanted: np.ndarray) -> float:
 
 def assert_same_training(got: dict[str, Any], wanted: dict[str, Any], tolerance: float) -> None:
     assert got["losses"] == pytest.approx(wanted["losses"], rel=min(tolerance, 1e-6))
-    assert got["norms"] == pytest.approx(wanted["norms"], rel=max(tolerance, 1e-12))
+    assert got["norms"] == pytest.approx(wanted["norms"], rel=4 * tolerance)  # of later steps, which amplify rounding
     assert min(wanted["norms"]) > 0.05  # it was clipped
     for what in ("gradient", "adapters", "moments"):
         assert distance(got[what], wanted[what]) < (4 if what == "moments" else 1) * tolerance, what  # sums of squares
@@ -268,8 +268,9 @@ def test_a_sharded_run_writes_what_another_writes_and_goes_on_with_it(
     for wanted, got in zip(*metrics, strict=True):
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
         assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
-    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
-        wanted, got = (load_file(checkpoint.step_folder(run, 4) / file) for run in (one, other))
+    folders = [checkpoint.step_folder(run, 4) for run in (one, other)]
+    for read in (lambda folder: load_file(folder / "adapter_model.safetensors"), moments):
+        wanted, got = map(read, folders)
         assert wanted.keys() == got.keys() and len(got) >= 2 * 7 * N_LAYERS
         for tensor in wanted:
             assert wanted[tensor].any()  # sharded models of others have written empty adapters

@@ -102,12 +102,17 @@ class NoTriton:
 sys.meta_path.insert(0, NoTriton())
 sys.platform = "darwin"
 import e5kernels.attention
+import e5kernels.dropout
 import e5kernels.infonce
 import e5kernels.last_token
+import e5kernels.rms_norm
+import e5kernels.rope
+import e5kernels.swiglu
 
 for op in (e5kernels.infonce, e5kernels.last_token):
     assert {op.face(torch.device(kind)) for kind in ("cpu", "mps", "cuda")} == {"reference"}
-assert {e5kernels.attention.face(torch.device(kind)) for kind in ("mps", "cuda")} == {"reference"}
+for op in (e5kernels.attention, e5kernels.dropout, e5kernels.rms_norm, e5kernels.rope, e5kernels.swiglu):
+    assert {op.face(torch.device(kind)) for kind in ("mps", "cuda")} == {"reference"}
 bounds = torch.tensor([0, 1, 3], dtype=torch.int32)
 assert e5kernels.last_token.last_token(torch.eye(3), bounds).tolist() == [[1, 0, 0], [0, 0, 1]]
 index, open_ = torch.arange(2), torch.ones(2, dtype=torch.bool)

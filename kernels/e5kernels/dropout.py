@@ -6,13 +6,19 @@
 
 One 64-bit mix (splitmix64, Steele et al. 2014) serves 8 channels. Every face draws these bits; the tests hold them
 against an independent integer implementation.
-x: (T, C) any float dtype.  keys: (T,) int64.  Bytes, of e each element: 2 T C e; the mask is never in memory (C++).
+x: (T, C) any float dtype.  keys: (T,) int64.  Bytes, of e each element: 2 T C e; the mask is in memory for
+the reference alone.
 """
+
+import sys
 
 import torch
 from torch import Tensor
 
 from e5kernels import native
+
+if sys.platform == "linux":  # Triton is published for no other
+    from e5kernels.dropout_triton import keyed_dropout_triton
 
 _U64 = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -29,8 +35,8 @@ def keyed_dropout_reference(x: Tensor, keys: Tensor, stream: int, drop_below: in
 
 
 def face(device: torch.device) -> str:
-    """Name the face that `keyed_dropout` uses on a device: "c++" or "reference"."""
-    return native.face(device)
+    """Name the face that `keyed_dropout` uses on a device: "triton" on CUDA under Linux, else as `native.face`."""
+    return "triton" if device.type == "cuda" and sys.platform == "linux" else native.face(device)
 
 
 def keyed_dropout(x: Tensor, keys: Tensor, stream: int, drop_below: int) -> Tensor:
@@ -39,7 +45,10 @@ def keyed_dropout(x: Tensor, keys: Tensor, stream: int, drop_below: int) -> Tens
     x: (T, C).  keys: (T,) int64, one a token.  stream: 64 bits that name the place of the mask.  drop_below: 0..255,
     256 times the probability.  Returns like x, without a gradient of its own: its caller's backward calls it again.
     """
-    if face(x.device) == "reference" or not native.takes(x):
+    chosen = face(x.device) if native.takes(x) else "reference"
+    if chosen == "triton":
+        return keyed_dropout_triton(x, keys, signed(stream), drop_below)
+    if chosen == "reference":
         return keyed_dropout_reference(x, keys, stream, drop_below)
     return torch.ops.e5kernels.keyed_dropout(x.contiguous(), keys.contiguous(), signed(stream), drop_below)
 

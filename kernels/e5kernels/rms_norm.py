@@ -4,15 +4,20 @@
     backward  dx = r * (g * weight - x * r^2 * mean(g * weight * x))
 
 x: (..., D) any float dtype.  weight: (D,), x's dtype, or fp32 under bf16.  y: like x, by way of max(fp32, x's dtype).
-The weight is frozen wherever it matters to speed; its own gradient, sum(g * x * r), is left to plain torch.
-Bytes, of e each element, for N elements: forward 2 N e, backward 3 N e; saved: x and one number a row.
+The weight is frozen wherever it matters to speed; its own gradient, sum(g * x * r), is left to plain torch on the CPU.
+Bytes, of e each element, for N elements: forward 2 N e, backward 3 N e; saved: x and at most one number a row.
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from e5kernels import native
+
+if sys.platform == "linux":  # Triton is published for no other
+    from e5kernels.rms_norm_triton import rms_norm_triton
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,8 +27,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def face(device: torch.device) -> str:
-    """Name the face that `rms_norm` uses on a device: "c++" or "reference"."""
-    return native.face(device)
+    """Name the face that `rms_norm` uses on a device: "triton" on CUDA under Linux, else as `native.face`."""
+    return "triton" if device.type == "cuda" and sys.platform == "linux" else native.face(device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,7 +36,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: (..., D).  weight: (D,), x's dtype, or fp32 under bf16.  Returns like x, differentiable in both.
     """
-    if face(x.device) == "reference" or not native.takes(x) or weight.requires_grad:
+    chosen = face(x.device) if native.takes(x) else "reference"
+    if chosen == "triton":
+        return rms_norm_triton(x, weight, eps)
+    if chosen == "reference" or weight.requires_grad:
         return rms_norm_reference(x, weight, eps)
     return torch.ops.e5kernels.rms_norm_forward(x.contiguous(), weight.contiguous(), eps)[0]
 

@@ -7,10 +7,15 @@ x: (T, heads, head_dim) any float dtype.  cos, sin: (T, 1, head_dim / 2), max(fp
 Bytes, of e each element, for N elements: 2 N e forward, 2 N e backward; saved: the angles, shared by all layers.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
 from e5kernels import native
+
+if sys.platform == "linux":  # Triton is published for no other
+    from e5kernels.rope_triton import rope_triton
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -20,8 +25,8 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def face(device: torch.device) -> str:
-    """Name the face that `rope` uses on a device: "c++" or "reference"."""
-    return native.face(device)
+    """Name the face that `rope` uses on a device: "triton" on CUDA under Linux, else as `native.face`."""
+    return "triton" if device.type == "cuda" and sys.platform == "linux" else native.face(device)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -29,7 +34,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (T, heads, head_dim).  cos, sin: (T, 1, head_dim / 2), max(fp32, x's dtype).  Returns like x, differentiable.
     """
-    if face(x.device) == "reference" or not native.takes(x):
+    chosen = face(x.device) if native.takes(x) else "reference"
+    if chosen == "triton":
+        return rope_triton(x, cos, sin)
+    if chosen == "reference":
         return rope_reference(x, cos, sin)
     heads = x if _heads_contiguous(x) else x.contiguous()
     return torch.ops.e5kernels.rope(heads, cos.contiguous(), sin.contiguous(), False)

@@ -7,11 +7,16 @@ gate, up: (..., F) any float dtype, alike.  y: like gate; arithmetic in max(fp32
 Bytes, of e each element, for N elements: forward 3 N e, backward 5 N e; saved: gate and up, never the activation.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from e5kernels import native
+
+if sys.platform == "linux":  # Triton is published for no other
+    from e5kernels.swiglu_triton import glu_triton
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -25,20 +30,26 @@ def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def face(device: torch.device) -> str:
-    """Name the face that `swiglu` and `geglu` use on a device: "c++" or "reference"."""
-    return native.face(device)
+    """Name the face that `swiglu` and `geglu` use on a device: "triton" on CUDA under Linux, else as `native.face`."""
+    return "triton" if device.type == "cuda" and sys.platform == "linux" else native.face(device)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Multiply silu(gate) and up.  gate, up: (..., F), alike.  Returns like gate, differentiable in both."""
-    if face(gate.device) == "reference" or not native.takes(gate):
+    chosen = face(gate.device) if native.takes(gate) else "reference"
+    if chosen == "triton":
+        return glu_triton(gate, up, False)
+    if chosen == "reference":
         return swiglu_reference(gate, up)
     return torch.ops.e5kernels.glu_forward(gate.contiguous(), up.contiguous(), False)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """Multiply gelu(gate), in its tanh form, and up.  gate, up: (..., F), alike.  Returns like gate."""
-    if face(gate.device) == "reference" or not native.takes(gate):
+    chosen = face(gate.device) if native.takes(gate) else "reference"
+    if chosen == "triton":
+        return glu_triton(gate, up, True)
+    if chosen == "reference":
         return geglu_reference(gate, up)
     return torch.ops.e5kernels.glu_forward(gate.contiguous(), up.contiguous(), True)
 

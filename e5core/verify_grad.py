@@ -131,9 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_error(f"e5core.verify_grad: {error}")
         return 2
     if world.is_main:
-        print(f"loss   {found.loss:.6f}, whole {found.whole_loss:.6f}")
-        print(f"scale  {found.scale:.6f}  (allowed: 1 +- {found.tolerance:g})\ncosine {found.cosine:.9f}")
-        print("passed" if found.passed else "FAILED: this run would not train on the gradient of its batch")
+        verdict = "passed" if found.passed else "FAILED: this run would not train on the gradient of its batch"
+        sys.stdout.write(
+            f"loss   {found.loss:.6f}, whole {found.whole_loss:.6f}\n"
+            f"scale  {found.scale:.6f}  (allowed: 1 +- {found.tolerance:g})\ncosine {found.cosine:.9f}\n{verdict}\n"
+        )
     finish()
     return 0 if found.passed else 1
 

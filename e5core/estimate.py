@@ -6,7 +6,8 @@ all of them for last tokens alone. The fullest micro-batch is embedded once, all
 repeats a part of the forward pass (recompute.py).
 
 Traffic is what one rank receives in a step, and sends as much; n numbers over W ranks cost n (W - 1) / W to gather or
-to reduce-scatter, twice that to all-reduce. A model in shards is gathered for every forward and every backward pass.
+to reduce-scatter, twice that to all-reduce. A model in shards is gathered for every forward and every backward pass
+(sharding.py).
 """
 
 import math
@@ -144,8 +145,9 @@ def traffic_of(sizes: Sizes, strategy: str, ranks: Ranks, n_micro: int, candidat
     wide, shards, world = max(4, dtype.itemsize), ranks.shards(strategy), ranks.world_size
     adapters = wide * sizes.adapters
     blocks = sizes.config.n_layers * sizes.block * dtype.itemsize + wide * sizes.norms + sizes.biases * dtype.itemsize
-    n_forwards, n_backwards = 2 * n_micro - 1, n_micro
-    gathered = (n_forwards + n_backwards) * (blocks + adapters) + n_forwards * sizes.root * dtype.itemsize
+    n_layers = sizes.config.n_layers  # a pass begins with the block that the one before ended with, if it turns round
+    n_gathers = n_micro * n_layers + (2 * n_micro - 1) * (n_layers - 1)
+    gathered = n_gathers * (blocks + adapters) / n_layers + sizes.root * dtype.itemsize  # the root once a step
     groups = world // shards
     gradients = adapters * _part(shards)  # reduce-scattered among the shards, the shards all-reduced over the groups
     gradients += 2 * adapters / shards * _part(groups)

@@ -142,4 +142,5 @@ def save_embedder(folder: Path, n_layers: int = 2) -> Path:
 def moments(folder: Path) -> dict[str, torch.Tensor]:
     """Read the optimizer's moments out of a checkpoint, each rank's part of each laid end to end."""
     parts = [load_file(path) for path in sorted(folder.glob("optimizer_*.safetensors"))]
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
+    names = {name for part in parts for name in part}
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}

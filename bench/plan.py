@@ -69,7 +69,7 @@ def measured_bytes(model: EmbeddingModel, batch: GlobalBatch, budget: int, devic
     for _, _, n_bytes in sorted((e.start_ns(), i, e.nbytes()) for i, e in events if e.name() == "[memory]"):
         live += n_bytes
         peak = max(peak, live)
-    moments = sum(tensor.nbytes for tensor in optimizer.state().values())
+    moments = sum(part.values.nbytes for part in optimizer.state().values())
     return peak + moments + sum(p.nbytes for p in model.parameters())
 
 

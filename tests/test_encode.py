@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,15 +112,16 @@ def test_a_text_of_1_mb_is_cut_and_counted(run: Path) -> None:
     assert np.abs(vector - encoder.encode(["long text " * 50])).max() < 1e-6
 
 
-def test_selfcheck_notices_a_changed_model(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_selfcheck_notices_a_changed_model(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), "--selfcheck"]) == 0
     assert "selfcheck passed" in capfd.readouterr().err
-    file = run / "step_2" / "adapter_model.safetensors"
-    whole = load_file(file)
-    save_file({name: tensor + 0.05 for name, tensor in whole.items()}, file)
-    assert main([str(run), "--selfcheck"]) == 1
+    folder = tmp_path / "adapter"
+    shutil.copytree(run / "step_2", folder)
+    (folder / "manifest.json").unlink()  # which names a changed file before anything is embedded
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor + 0.05 for name, tensor in load_file(file).items()}, file)
+    assert main([str(folder), "--selfcheck"]) == 1
     assert "selfcheck FAILED" in capfd.readouterr().err
-    save_file(whole, file)
 
 
 def test_models_without_a_run_are_encoded_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -46,23 +46,28 @@ class Format(NamedTuple):
 def recognise(path: Path) -> str:
     """Tell a file's format by its ending and its first row.  Returns a key of FORMATS.
 
-    Raises ValueError naming the file and the formats.
+    Raises ValueError naming the file and the formats, or, where no row can be read, BrokenRecord naming the first.
     """
     ending = Path(plain_name(path)).suffix
     by_ending = {".json": "dpr", ".csv": "triplets", ".parquet": "triplets", ".tsv": "triples-tsv"}
     if ending in by_ending:
         return by_ending[ending]
+    broken = None
     for line, raw in read_lines(path):
         if raw.lstrip().startswith(b"["):
             return "triplets"
         try:
             keys = parse_object(raw, f"{path}:{line}").keys()
-        except BrokenRecord:
+        except BrokenRecord as error:
+            broken = broken or error
             continue
         for name, marks in MARKS:
             if marks <= keys:
                 return name
+        broken = None
         break
+    if broken is not None:
+        raise broken
     raise ValueError(f"{path}: cannot tell its format; name it in the source: format = one of {', '.join(FORMATS)}")
 
 

@@ -61,14 +61,13 @@ def drawn(places: np.ndarray, n: int, seed: int, epoch: int, source: int) -> np.
     return rows
 
 
-class ListedOrder:
-    """Epochs in which the rows of all sources stand in one permutation, listed whole: for sources in memory."""
+class _Places:
+    """Epochs one after another, whose places steps take in turn."""
 
     def __init__(self, seed: int) -> None:
         self.starts = [0]  # the first place of each epoch begun, and of the next one
         self._seed = seed
         self._epochs: list[tuple[list[int], list[int]]] = []  # rows there are, and rows drawn, of each source
-        self._listed: tuple[int, np.ndarray] | None = None  # an epoch and its rows, (n, 2)
 
     def begin_epoch(self, lengths: Sequence[int], counts: Sequence[int]) -> None:
         """Begin an epoch that draws counts[s] of the lengths[s] rows of each source s."""
@@ -78,6 +77,14 @@ class ListedOrder:
     def end(self, step: int, size: int) -> int:
         """Return the place after a step's last one."""
         return (step + 1) * size
+
+
+class ListedOrder(_Places):
+    """Epochs in which the rows of all sources stand in one permutation, listed whole: for sources in memory."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._listed: tuple[int, np.ndarray] | None = None  # an epoch and its rows, (n, 2)
 
     def rows(self, step: int, size: int) -> list[tuple[int, int]]:
         """Return the (source, row) of a step's places, of epochs that have begun."""
@@ -100,22 +107,8 @@ class ListedOrder:
         return generator.permutation(np.concatenate(drawn))
 
 
-class MixedOrder:
+class MixedOrder(_Places):
     """Epochs in which the rows of all sources stand in one permutation, computed place by place: for stores."""
-
-    def __init__(self, seed: int) -> None:
-        self.starts = [0]  # the first place of each epoch begun, and of the next one
-        self._seed = seed
-        self._epochs: list[tuple[list[int], list[int]]] = []  # rows there are, and rows drawn, of each source
-
-    def begin_epoch(self, lengths: Sequence[int], counts: Sequence[int]) -> None:
-        """Begin an epoch that draws counts[s] of the lengths[s] rows of each source s."""
-        self._epochs.append((list(lengths), list(counts)))
-        self.starts.append(self.starts[-1] + sum(counts))
-
-    def end(self, step: int, size: int) -> int:
-        """Return the place after a step's last one."""
-        return (step + 1) * size
 
     def rows(self, step: int, size: int) -> list[tuple[int, int]]:
         """Return the (source, row) of a step's places, of epochs that have begun."""

@@ -194,9 +194,10 @@ def resolve_dtype(config: Config, run: Path, world: World) -> Config:
 def settle_batch(
     config: Config, run: Path, mixture: Mixture, model_path: Path, dtype: torch.dtype, world: World
 ) -> tuple[Config, Plan]:
-    """Settle what [batch] leaves to "auto": as the run began, else as the plan for rank 0's device says.
+    """Settle what [batch] and [sharding] leave to "auto", as the plan for rank 0's device says.
 
-    Returns the config without "auto", the same on all ranks, and its plan for this rank's device.
+    Of a resumed run [batch] stays as it began; the strategy is chosen anew for the ranks that there are.
+    Returns the config, its [batch] without "auto" and the same on all ranks, and the plan, whose strategy is settled.
     """
     sizes = sizes_of(read_config(model_path, causal=config.backbone.causal), config.lora)
     tokenizer = Tokenizer.load(model_path, config.tokenizer)

@@ -24,7 +24,7 @@ from e5core.memory import Load, Ranks, Setting, ledger, sizes_of
 from e5core.optim import AdamW, OptimConfig
 from e5core.recompute import Policy
 from e5core.run import Config
-from e5core.train import backward_step
+from e5core.step import backward_step
 from e5core.weights import read_config, resolve_model
 from e5kernels.infonce import Relations
 

@@ -23,8 +23,8 @@ from e5core.distributed import World, finish, largest, log, share, start
 from e5core.encoder import EmbeddingModel, build_model
 from e5core.mixture import load_mixture
 from e5core.run import Config
+from e5core.step import backward_step
 from e5core.tokenizer import Tokenizer
-from e5core.train import backward_step
 from e5core.weights import resolve_model
 
 

@@ -38,8 +38,8 @@ from e5core.mixture import load_mixture
 from e5core.optim import AdamW, OptimConfig
 from e5core.recompute import Policy
 from e5core.run import Config
+from e5core.step import backward_step
 from e5core.tokenizer import Tokenizer
-from e5core.train import backward_step
 from e5core.weights import resolve_model
 
 FORWARDS = ("apart", "together", "sorted-16")  # bench/peer.py says what they are

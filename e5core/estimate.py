@@ -2,7 +2,7 @@
 
 Products a token, of N frozen matrix weights, adapters of A numbers, V keys that a token sees on average over layers of
 H heads: forward 2 N + 2 A + 4 V H head_dim a layer, backward 2 N + 4 A + 10 V H head_dim. The last layer has nearly
-all of them for last tokens alone. The fullest micro-batch is embedded once, all others twice (train.py). Recompute
+all of them for last tokens alone. The fullest micro-batch is embedded once, all others twice (step.py). Recompute
 repeats a part of the forward pass (recompute.py).
 
 Traffic is what one rank receives in a step, and sends as much; n numbers over W ranks cost n (W - 1) / W to gather or

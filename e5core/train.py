@@ -1,20 +1,8 @@
 """Train an embedder: `torchrun --nproc-per-node N -m e5core.train CONFIG.toml [section.key=value ...]`.
 
-One step, exact for any micro-batch size (GradCache, arXiv 2101.06983, with the fullest piece kept):
-
-    pass 1   embed every micro-batch without a graph, the fullest one with its graph
-    loss     InfoNCE over the whole batch, and its gradient at the embeddings
-    pass 2   the kept graph takes its gradient; every other micro-batch is embedded again with a graph and takes its own
-
-Dropout is a function of (seed, step, row, position), so both passes draw the same. A batch that fits one micro-batch is
-thereby one plain pass.
-
-Each of N ranks does this with its share of the batch's examples, whose rows keep their numbers: its queries meet the
-candidates of all ranks, and the adapters' gradients are added up once a step. So all N give the same run. Ranks that
-hold the whole model meet in the loss and after pass 2, whatever their micro-batches; those that hold a slice of it
-(sharding.py) meet in every block, so one with fewer micro-batches runs empty ones.
-Each rank writes its part of a checkpoint while the next step runs, rank 0 all else; the run's folder holds all that
-there is to say about it (checkpoint.py, DESIGN 3.10).
+Batches come from the mixture, step.py makes their gradients, optim.py moves the adapters. Each rank writes its part of
+a checkpoint while the next step runs, rank 0 all else; the run's folder holds all that there is to say about it
+(checkpoint.py, DESIGN 3.10).
 """
 
 import argparse
@@ -31,31 +19,18 @@ import torch
 
 from e5core import checkpoint
 from e5core.adapter import read_adapter
-from e5core.batches import GlobalBatch, build_batch, pack
+from e5core.batches import build_batch
 from e5core.config import load_config, write_whole
-from e5core.distributed import (
-    ALONE,
-    World,
-    check_same,
-    finish,
-    largest,
-    log,
-    log_error,
-    share,
-    start,
-    sum_gradients,
-    sum_over_ranks,
-)
+from e5core.distributed import World, check_same, finish, log, log_error, share, start, sum_over_ranks
 from e5core.encode import TEMPLATE, Encoder, ShownEncoder, describe_device
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
 from e5core.estimate import Plan, describe
 from e5core.evaluate import evaluate, show_table
-from e5core.loss import BatchLoss, LossConfig, infonce_loss
 from e5core.memory import as_table, is_out_of_memory, measured_peak
 from e5core.metrics import MetricsFile, Progress
 from e5core.mixture import Mixture, load_mixture
-from e5core.optim import AdamW, OptimConfig, learning_rate
-from e5core.preemption import NEVER, Preempted, Preemption
+from e5core.optim import AdamW, learning_rate
+from e5core.preemption import Preempted, Preemption
 from e5core.run import (
     PREEMPTED,
     Config,
@@ -68,6 +43,7 @@ from e5core.run import (
     total_steps,
 )
 from e5core.saving import Saving
+from e5core.step import backward_step, make_optimizer
 from e5core.testsets import EvalSet
 from e5core.tokenizer import Tokenizer
 from e5core.weights import fingerprint
@@ -125,70 +101,6 @@ def _run(
         show_table(scores)
     log(f"the run is in {run}")
     return scores
-
-
-def backward_step(
-    model: EmbeddingModel,
-    batch: GlobalBatch,
-    loss: LossConfig,
-    budget: int,
-    dropout: tuple[int, int] | None,
-    world: World = ALONE,
-    preemption: Preemption = NEVER,
-) -> BatchLoss:
-    """Compute the loss of a batch and leave its gradient, summed over the ranks, in the adapters, which had none.
-
-    budget: tokens of a micro-batch.  dropout: (seed, step).  Raises on every rank FloatingPointError naming records for
-    a loss that is not finite, Preempted where a rank is to leave.
-    """
-    device = model.backbone.norm.weight.device
-    packed = pack(batch.sequences, budget, device, numbers=batch.rows)
-    shards = model.shards
-    n_idle = 0 if shards is None else largest(len(packed), world) - len(packed)  # empty micro-batches
-    between = preemption.between if shards is None else iter  # others gather with this rank: it must not leave halfway
-    *pieces, fullest = sorted(packed, key=lambda piece: len(piece.tokens))
-    with preemption.phase():
-        with torch.no_grad():
-            parts = [model(piece, dropout) for piece in between(pieces)]
-        for _ in range(n_idle):
-            shards.idle(backward=False)
-        kept = model(fullest, dropout)
-    rows = torch.cat([piece.rows for piece in (*pieces, fullest)])
-    embeddings = torch.cat([*parts, kept.detach()]).requires_grad_()  # (n, D) of this rank, as packed
-    result = infonce_loss(embeddings[rows.argsort()], batch, loss, world)
-    if not torch.isfinite(result.loss):
-        broken = rows[torch.isfinite(embeddings).all(dim=1).logical_not()].tolist()
-        broken = [row for own in share(broken, world) for row in own]
-        raise FloatingPointError(f"the loss is not finite ({result.loss.item()}): {_blame(batch, broken)}")
-    (gradient,) = torch.autograd.grad(result.loss, embeddings)
-    *gradients, last = gradient.split([len(piece.rows) for piece in (*pieces, fullest)])
-    with preemption.phase():
-        kept.backward(last)
-        del kept
-        for piece, part in between(zip(pieces, gradients, strict=True)):
-            model(piece, dropout).backward(part)
-        for _ in range(n_idle):
-            shards.idle(backward=True)
-    if shards is None:
-        sum_gradients(model.parameters(), world)
-    else:
-        shards.reduce_gradients()
-        shards.release()
-    return result
-
-
-def _blame(batch: GlobalBatch, rows: list[int]) -> str:
-    owner = batch.relations.owner.tolist()
-    ids = {batch.record_ids[row if row < batch.n_queries else owner[row - batch.n_queries]] for row in rows}
-    if not ids:
-        return f"all embeddings are finite; records {', '.join(batch.record_ids[:5])}, ..."
-    return f"embeddings of records {', '.join(sorted(ids)[:5])} are not; lower optim.lr or look at these texts"
-
-
-def make_optimizer(model: EmbeddingModel, config: OptimConfig) -> AdamW:
-    """Make the optimizer of what is trained; over shards each rank has that of its slices."""
-    shards = model.shards
-    return AdamW(model.trained(), config) if shards is None else AdamW(shards.slices(), config, shards.world)
 
 
 def _loop(

@@ -27,8 +27,8 @@ from e5core.lora import adapters
 from e5core.mixture import load_mixture
 from e5core.recompute import apply_recompute
 from e5core.run import Config, check_files, check_ranks
+from e5core.step import backward_step
 from e5core.tokenizer import Tokenizer
-from e5core.train import backward_step
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the scale; its square: the cosine
 

@@ -29,8 +29,9 @@ from e5core.loss import LossConfig
 from e5core.mixture import DataConfig, Source, load_mixture
 from e5core.optim import AdamW, OptimConfig
 from e5core.records import Record
+from e5core.step import backward_step
 from e5core.tokenizer import Tokenizer
-from e5core.train import Config, backward_step, train
+from e5core.train import Config, train
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=4, dropout=0.1)

@@ -24,8 +24,9 @@ from e5core.encoder import EmbeddingModel, build_model
 from e5core.optim import OptimConfig
 from e5core.recompute import Policy
 from e5core.sharding import Shards, Strategy
+from e5core.step import backward_step, make_optimizer
 from e5core.tokenizer import Tokenizer
-from e5core.train import Config, backward_step, make_optimizer, train
+from e5core.train import Config, train
 from e5core.weights import give_dtypes, load_weights, read_config
 
 N_STEPS = 3

@@ -30,7 +30,8 @@ from e5core.loss import LossConfig
 from e5core.optim import AdamW, OptimConfig
 from e5core.preemption import Preempted, Preemption
 from e5core.sharding import Slice
-from e5core.train import backward_step, main
+from e5core.step import backward_step
+from e5core.train import main
 
 STEPS, SIZE, N_RECORDS = 16, 4, 20  # the epochs end within steps 5, 10 and 15
 CHECKPOINT = {"manifest.json", "state.json", "optimizer_00000_of_00001.safetensors", *checkpoint.ENCODER_FILES}

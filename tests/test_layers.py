@@ -66,6 +66,7 @@ FLOORS = (
             "memory",
             "workload",
             "estimate",
+            "step",
         },
     ),
     (
@@ -78,7 +79,6 @@ ENTRY_IMPORTS = {  # other entries know no entry
     ("mine", "encode"),
     ("train", "evaluate"),
     ("train", "encode"),
-    ("verify_grad", "train"),
 }
 # and each other; torch takes seconds, and API machines have none
 SYNTH_IMPORTS = {"archives", "config", "contamination", "progress", "records"}

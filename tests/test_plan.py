@@ -30,7 +30,7 @@ from e5core.memory import Load, Ranks, Setting, Sizes, ledger, sizes_of
 from e5core.plan import main
 from e5core.recompute import Policy
 from e5core.run import Config
-from e5core.train import backward_step
+from e5core.step import backward_step
 from e5core.train import main as train_main
 from e5core.weights import read_config
 from e5core.workload import Workload, assumed

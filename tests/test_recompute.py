@@ -22,7 +22,8 @@ from e5core.encoder import EmbeddingModel, build_model
 from e5core.lora import LINEARS, LoraConfig, LoraLinear, TokenKeys, adapters
 from e5core.loss import LossConfig
 from e5core.recompute import Policy, apply_recompute
-from e5core.train import backward_step, main
+from e5core.step import backward_step
+from e5core.train import main
 from e5core.weights import read_config
 
 CPU = torch.device("cpu")

@@ -28,8 +28,9 @@ from e5core.lora import LoraConfig, adapters
 from e5core.loss import LossConfig, infonce_loss
 from e5core.optim import AdamW, OptimConfig
 from e5core.records import read_records
+from e5core.step import backward_step
 from e5core.tokenizer import Tokenizer
-from e5core.train import Config, backward_step, main, train
+from e5core.train import Config, main, train
 
 ROOT = Path(__file__).parent.parent
 SYNTHETIC = ROOT / "data" / "synthetic"

@@ -1,6 +1,5 @@
 """Ranks of e5core.train that tests kill, signal and starve: real processes, forked from one that has imported torch."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -12,17 +11,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from ranks import free_port
+from ranks import forkserver, free_port
 
 from e5core.train import main
-
-ROOT = Path(__file__).parent.parent
-
-
-def prepare() -> None:
-    """Let the process that ranks are forked from import what they need, once."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tests"))
-    multiprocessing.set_forkserver_preload(["fault_ranks"])
 
 
 @contextmanager
@@ -31,7 +22,7 @@ def started(world_size: int, log: Path, arguments: list[str], starved: int = -1)
 
     starved: the rank that can write no file of more than 6,000 bytes.
     """
-    context, port, processes = multiprocessing.get_context("forkserver"), free_port(), []
+    context, port, processes = forkserver(), free_port(), []
     for rank in range(world_size):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
         process = context.Process(target=_rank, args=(variables, str(log), arguments, rank == starved), daemon=True)

@@ -7,11 +7,14 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from e5core.distributed import World, start
+
+ROOT = Path(__file__).parent.parent
 
 
 def run_ranks(
@@ -24,10 +27,9 @@ def run_ranks(
     """Call function(world, *arguments) in so many processes.  Returns what each returned, by rank.
 
     local_size: processes on a node; None: there is one node.
-    function: of a module that imports little, since every process imports it anew.
     Raises AssertionError with the traceback of the first rank that failed, or where one is silent for too long.
     """
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     port, pipes, processes = free_port(), [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
@@ -45,6 +47,16 @@ def run_ranks(
             process.join(timeout=2)
             process.kill()
             process.join()
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Return the context whose processes are forked from one that has imported torch and the program, once for all.
+
+    They have the environment that this process had when it first started one.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tests"))
+    multiprocessing.set_forkserver_preload(["e5core.train"])
+    return multiprocessing.get_context("forkserver")
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from ranks import free_port, run_ranks
 from safetensors.torch import load_file, save_file
 from test_train import CONFIG, ROOT, SYNTHETIC
 
-from e5core import checkpoint
+from e5core import checkpoint, encode, evaluate
 from e5core.batches import deal
 from e5core.config import load_config
 from e5core.distributed import ALONE
@@ -259,7 +259,7 @@ sys.exit(e5core.train.main(sys.argv[1:]))
 def test_a_rank_that_raises_ends_the_job_in_seconds_and_says_why(error: str, config_file: Path, tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(BROKEN.format(error=error))
-    done = torchrun(3, str(script), str(config_file), f"train.run='{tmp_path / 'run'}'", "train.save_every=1")
+    done = torchrun(2, str(script), str(config_file), f"train.run='{tmp_path / 'run'}'", "train.save_every=1")
     ended = time.time()
     assert done.returncode != 0
     moment = float(next(line for line in done.stderr.splitlines() if line.startswith("moment")).split()[1])
@@ -281,23 +281,21 @@ def test_the_commands_run_under_torchrun(config_file: Path, tmp_path: Path) -> N
     assert sum("; ranks: 2" in line for line in said) == 1
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["pairs/spearman"]
     pairs = config_file.parent / "pairs.jsonl"
-    scores = {}
-    for n in (1, 3):
-        done = torchrun(n, "-m", "e5core.evaluate", str(run), "--sts", str(pairs), "--out", str(tmp_path / f"{n}.json"))
-        assert done.returncode == 0, done.stderr
-        assert len(done.stdout.splitlines()) == 1
-        scores[n] = json.loads((tmp_path / f"{n}.json").read_text())
-    assert scores[1] == pytest.approx(scores[3])
+    evaluation = [str(run), "--sts", str(pairs), "--out"]
+    done = torchrun(3, "-m", "e5core.evaluate", *evaluation, str(tmp_path / "3.json"))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert evaluate.main([*evaluation, str(tmp_path / "1.json")]) == 0
+    scores = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 3)]
+    assert scores[0] == pytest.approx(scores[1])
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:2]))
-    found = []
-    for n in (1, 3):
-        output = tmp_path / f"{n}.npy"
-        arguments = ["--input", str(texts), "--output", str(output), "--selfcheck"]
-        done = torchrun(n, "-m", "e5core.encode", str(run), *arguments)
-        assert done.returncode == 0 and "selfcheck passed" in done.stderr, done.stderr
-        found.append(np.load(output))
-    assert found[0].shape == (2, 32) and np.abs(found[0] - found[1]).max() < 1e-5
+    encoding = [str(run), "--input", str(texts), "--selfcheck", "--output"]
+    done = torchrun(3, "-m", "e5core.encode", *encoding, str(tmp_path / "3.npy"))
+    assert done.returncode == 0 and "selfcheck passed" in done.stderr, done.stderr
+    assert encode.main([*encoding, str(tmp_path / "1.npy")]) == 0
+    one, three = (np.load(tmp_path / f"{n}.npy") for n in (1, 3))
+    assert one.shape == (2, 32) and np.abs(one - three).max() < 1e-5
 
 
 def test_two_nodes_that_meet_by_c10d_have_the_numbers_of_one_process(

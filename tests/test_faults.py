@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import fault_ranks
 import pytest
 import torch
 from fault_ranks import ended, started, wait_until
@@ -69,7 +68,6 @@ def n_lines(run: Path) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(config_file: Path) -> Path:
     """A run on two ranks that nothing happened to."""
-    fault_ranks.prepare()
     run, log = config_file.parent / "undisturbed", config_file.parent / "undisturbed.log"
     with started(2, log, [str(config_file), f"train.run={run}"]) as ranks:
         assert ended(ranks, 120) == [0, 0], log.read_text()

@@ -22,7 +22,7 @@ install: $(STAMP)
 
 test: install
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 quickstart: install
 	$(BIN)/torchrun --standalone --nproc-per-node 1 -m e5core.train configs/quickstart.toml train.overwrite=true

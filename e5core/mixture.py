@@ -37,6 +37,7 @@ class DataConfig:
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     skip_broken: bool = False  # leave out lines that cannot be read (each is named in the log) instead of stopping
+    workers: Annotated[int, Field(ge=0, le=64)] = 0  # processes of each rank that build batches ahead; 0: none
     store: str = ""  # folder of the stores that `python -m e5core.data build` writes; "" = read the sources into memory
 
     def __post_init__(self) -> None:
@@ -170,6 +171,10 @@ class Mixture:
         while self._order.starts[-1] < self._order.end(step, size):
             self.begin_epoch()
         return [self._record(source, row) for source, row in self._order.rows(step, size)]
+
+    def is_begun(self, step: int, size: int) -> bool:
+        """Tell whether `batch` would give this step without a look into a folder, which may grow until it is due."""
+        return self._folders is None or self._order.starts[-1] >= self._order.end(step, size)
 
     def n_epochs(self, n_drawn: int) -> float:
         """Return how many epochs the first n_drawn records are (n_drawn >= 1, all of them given out by `batch`)."""

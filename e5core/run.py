@@ -34,8 +34,8 @@ from e5core.weights import read_config, resolve_model
 from e5core.workload import counted
 
 PREEMPTED = "PREEMPTED"  # in the run's folder: SIGTERM stopped the run, which waits to go on
-# dtype is checked apart; recompute moves no bit, the strategy the last ones, as another number of ranks does
-FREE_AT_RESUME = {("backbone", "dtype"), ("batch", "recompute"), ("sharding", "strategy")}
+# dtype is checked apart; recompute and workers move no bit, the strategy the last ones, as another number of ranks does
+FREE_AT_RESUME = {("backbone", "dtype"), ("batch", "recompute"), ("sharding", "strategy"), ("data", "workers")}
 AUTO = "auto"  # settled when a run begins, and then kept
 
 

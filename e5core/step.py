@@ -13,9 +13,11 @@ hold the whole model meet in the loss and after pass 2, whatever their micro-bat
 (sharding.py) meet in every block, so one with fewer micro-batches runs empty ones.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from e5core.batches import GlobalBatch, pack
+from e5core.batches import GlobalBatch, MicroBatch, pack
 from e5core.distributed import ALONE, World, largest, share, sum_gradients
 from e5core.encoder import EmbeddingModel
 from e5core.loss import BatchLoss, LossConfig, infonce_loss
@@ -31,14 +33,16 @@ def backward_step(
     dropout: tuple[int, int] | None,
     world: World = ALONE,
     preemption: Preemption = NEVER,
+    packed: Sequence[MicroBatch] = (),
 ) -> BatchLoss:
     """Compute the loss of a batch and leave its gradient, summed over the ranks, in the adapters, which had none.
 
-    budget: tokens of a micro-batch.  dropout: (seed, step).  Raises on every rank FloatingPointError naming records for
-    a loss that is not finite, Preempted where a rank is to leave.
+    budget: tokens of a micro-batch.  dropout: (seed, step).  packed: the batch's micro-batches of this budget, on any
+    device, where they were made ahead; (): they are made here.  Raises on every rank FloatingPointError naming records
+    for a loss that is not finite, Preempted where a rank is to leave.
     """
     device = model.backbone.norm.weight.device
-    packed = pack(batch.sequences, budget, device, numbers=batch.rows)
+    packed = [piece.to(device) for piece in packed or pack(batch.sequences, budget, device, numbers=batch.rows)]
     shards = model.shards
     n_idle = 0 if shards is None else largest(len(packed), world) - len(packed)  # empty micro-batches
     between = preemption.between if shards is None else iter  # others gather with this rank: it must not leave halfway

@@ -31,6 +31,7 @@ from e5core.metrics import MetricsFile, Progress
 from e5core.mixture import Mixture, load_mixture
 from e5core.optim import AdamW, learning_rate
 from e5core.preemption import Preempted, Preemption
+from e5core.prefetch import Batches, Recipe
 from e5core.run import (
     PREEMPTED,
     Config,
@@ -120,9 +121,11 @@ def _loop(
     if resume_step is not None:
         best = checkpoint.restore(checkpoint.step_folder(run, resume_step), model, optimizer, mixture.digest, card)
         log(f"resumed after step {resume_step}")
+    recipe = Recipe(model_path, config.tokenizer, config.batch, config.train.seed, world)
     with (
         preemption.listening(),
         Saving(run, config.train.keep, world, done) as saving,
+        Batches(mixture, encoder.tokenizer, recipe, range(done, n_steps), config.data.workers) as batches,
         _journal(config, run, n_steps, resume_step, world) as tell,
     ):
 
@@ -133,7 +136,7 @@ def _loop(
         try:
             while done < n_steps:
                 saving.check()
-                logged = _train_step(config, encoder, mixture, optimizer, done, n_steps, preemption)
+                logged = _train_step(config, encoder, batches, optimizer, done, n_steps, preemption)
                 if done == (resume_step or 0) and world.is_main:
                     _show_peak(run, planned, encoder.device)
                 done += 1
@@ -193,7 +196,7 @@ def _journal(
 def _train_step(
     config: Config,
     encoder: Encoder,
-    mixture: Mixture,
+    batches: Batches,
     optimizer: AdamW,
     step: int,
     n_steps: int,
@@ -202,11 +205,12 @@ def _train_step(
     """Do step `step` (from 0).  Returns the line for metrics.jsonl.  Raises Preempted before anything has moved."""
     started = time.perf_counter()
     seed, first, world = config.train.seed, step == 0, encoder.world
-    batch = build_batch(mixture.batch(step, config.batch.size), encoder.tokenizer, config.batch, seed, step, world)
+    batch, packed = batches.take(step)
+    data_seconds = time.perf_counter() - started
     counts = sum_over_ranks(torch.tensor([batch.n_tokens, batch.n_truncated], device=world.device), world)
     try:
         budget = config.batch.micro_batch_tokens
-        result = backward_step(encoder.model, batch, config.loss, budget, (seed, step), world, preemption)
+        result = backward_step(encoder.model, batch, config.loss, budget, (seed, step), world, preemption, packed)
         grad_norm = optimizer.clip_gradients()
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step + 1}: {error}; records {', '.join(batch.record_ids[:5])}, ...") from error
@@ -226,8 +230,9 @@ def _train_step(
         "negatives_per_query": result.negatives.item(),
         "tokens": n_tokens,
         "truncated": n_truncated,
-        "epoch": mixture.n_epochs((step + 1) * config.batch.size),
+        "epoch": batches.mixture.n_epochs((step + 1) * config.batch.size),
         "seconds": round(seconds, 3),
+        "data_seconds": round(data_seconds, 3),
     }
 
 

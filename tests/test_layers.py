@@ -67,6 +67,7 @@ FLOORS = (
             "workload",
             "estimate",
             "step",
+            "prefetch",
         },
     ),
     (

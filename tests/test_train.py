@@ -149,7 +149,7 @@ def _equal_bitwise(one: Path, other: Path, step: int) -> bool:
 
 def _lines(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_s")
+    timed = ("seconds", "data_seconds", "tokens_per_s")
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 

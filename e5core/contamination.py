@@ -87,7 +87,7 @@ def digest(text: str, size: int) -> bytes:
 
 
 def evaluation_hashes(folder: Path) -> np.ndarray:
-    """Read every text of the evaluation sets below a folder.
+    """Read every text of the evaluation sets below a folder, or of one file.
 
     Texts are all strings in .jsonl, .jsonl.gz and .json, the cells of .tsv and .csv and the lines of .txt; of a
     document, "title" and "text" count one by one and joined by a space. Eight bytes a text stay in memory.
@@ -96,7 +96,7 @@ def evaluation_hashes(folder: Path) -> np.ndarray:
     """
     readers = {".jsonl": _json_lines, ".json": _json_file, ".tsv": _cells, ".csv": _csv_cells, ".txt": _lines}
     parts: list[np.ndarray] = []
-    for path in sorted(folder.rglob("*")):
+    for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
         reader = _json_lines if path.name.endswith(".jsonl.gz") else readers.get(path.suffix)
         if reader is not None and path.is_file():
             texts = (text for text in reader(path) if text.strip())

@@ -1,7 +1,8 @@
 """Look at a config's training data, or build its stores: `python -m e5core.data check|build CONFIG.toml`.
 
 check   says of each source what is there and what is missing, how many rows it has and gives to an epoch, how long its
-        texts are, and shows three examples as the model will see them: text and ids.
+        texts are, and shows three examples as the model will see them: text and ids. Then it says which texts occur
+        in the config's evaluation sets, and in the sets below --against's folders.
 build   joins and decompresses each source once into a store below data.store, which training then reads instead: any
         number of rows in constant memory. A store that still is its source's is left as it is.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from e5core.batches import build_batch
 from e5core.config import load_config
+from e5core.contamination import find_overlap
 from e5core.distributed import log, log_error
 from e5core.mixture import stored_rows
 from e5core.records import Record, document_text, query_text
@@ -27,28 +29,63 @@ from e5core.weights import resolve_model
 
 SAMPLE = 1000  # rows of a source whose texts are measured
 N_EXAMPLES = 3
+SHOWN_CHARACTERS = 100  # of a text that an evaluation set has too
 LINE_EVERY_S = 15.0
 EDGES = (16, 32, 64, 128, 256, 512, 1024)  # of the histogram, in tokens
 
 Show = Callable[[Iterator[Record]], Iterator[Record]]
 
 
-def check(config: Config) -> int:
-    """Say what is there of a config's training data.  Returns the number of sources that are missing or broken."""
+def check(config: Config, against: Sequence[Path] = ()) -> int:
+    """Say what is there of a config's training data, and what of it is in evaluation sets: the config's, and `against`.
+
+    Returns the number of sources and evaluation sets that are missing or broken.
+    """
     tokenizer = _tokenizer(config)
     lengths: list[int] = []
+    usable: list[Source] = []
     n_bad = 0
     for i, source in enumerate(config.data.sources):
         log(f"\n== data.sources[{i}] {source.path}{f' ({source.url})' if source.url else ''}")
         try:
             lengths.append(_check_source(config, source, tokenizer))
+            usable.append(source)
         except (OSError, ValueError) as error:
             log(f"   {'missing' if isinstance(error, FileNotFoundError) else 'broken'}: {error}")
             lengths.append(0)
             n_bad += 1
     _log_epoch(config, lengths)
     log(f"{len(lengths) - n_bad} of {len(lengths)} sources are there{'' if n_bad else '; nothing is missing'}")
-    return n_bad
+    evaluated = [Path(item.path) for item in (*config.eval.sets, *config.eval.report)]
+    return n_bad + _check_overlap(config, usable, list(dict.fromkeys([*evaluated, *against])))
+
+
+def _check_overlap(config: Config, sources: Sequence[Source], sets: Sequence[Path]) -> int:
+    """Say which texts of the sources occur in evaluation sets.  Returns the number of sets that are missing."""
+    missing = [path for path in sets if not path.exists()]
+    for path in missing:
+        log(f"missing evaluation set: {path}")
+    there = [path for path in sets if path not in missing]
+    if not there or not sources:
+        log("no texts compared with evaluation sets: there must be a source, and a set in [eval] or by --against")
+        return len(missing)
+    log("\ntexts of the training data in evaluation sets (labels and ids of a set count too: look at the examples)")
+    for name, overlap in find_overlap(_records(config, sources), there, n_examples=N_EXAMPLES).items():
+        sides = ", ".join(f"{n:,} {side}" for side, n in overlap.n_texts.items())
+        log(f"   {name}: {overlap.n_records:,} records ({sides})")
+        for found in overlap.examples:
+            log(f"      {found.record}, {found.side}: {found.text[:SHOWN_CHARACTERS]!r}")
+    return len(missing)
+
+
+def _records(config: Config, sources: Sequence[Source]) -> Iterator[Record]:
+    """Yield the sources' records, each once, without those that are broken."""
+    for source in sources:
+        with tempfile.TemporaryDirectory() as spool:
+            rows = stored_rows(config.data, source)
+            if rows is None:
+                rows = read_source(source, Path(spool), Notes(skip_broken=True))
+            yield from _shown(source.path)(iter(rows))
 
 
 def _check_source(config: Config, source: Source, tokenizer: Tokenizer | None) -> int:
@@ -198,11 +235,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=("check", "build"))
     parser.add_argument("config", type=Path, help="TOML file of a training run, e.g. configs/e5_mistral_full.toml")
     parser.add_argument("overrides", nargs="*", help="section.key=value, e.g. data.store=stores")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", action="append", default=[], help="more evaluation sets, for check"
+    )
+    arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_config(Config, arguments.config, arguments.overrides)
         if arguments.command == "check":
-            return min(check(config), 1)
+            return min(check(config, arguments.against), 1)
         build(config)
     except (ValueError, OSError) as error:
         log_error(f"e5core.data: {error}")

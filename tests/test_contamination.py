@@ -1,10 +1,12 @@
 """Texts that training data shares with evaluation sets are found, told apart by set and side, and shown."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from e5core.contamination import Found, evaluation_hashes, find_overlap, occur, text_hash, text_hashes
+from e5core.data import main
 from e5core.records import Record, read_records
 from e5core.testsets import read_retrieval
 
@@ -78,3 +80,41 @@ def test_a_folder_without_texts_or_with_a_broken_file_is_named(tmp_path: Path) -
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.jsonl:2: broken JSON"):
         find_overlap([], [tmp_path])
+
+
+PLANTED = """
+[train]
+run = "run"
+steps = 1
+[backbone]
+path = "model"
+[[data.sources]]
+path = "planted.jsonl"
+[[data.sources]]
+path = "clean.jsonl"
+[[eval.report]]
+kind = "sts"
+path = "{sts}"
+"""
+
+
+def test_data_check_counts_what_the_sets_of_eval_and_against_have_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sts = DATA / "sts/stsb-cc-en/test.jsonl"
+    questions = list(read_retrieval(XQUAD).queries.values())[:5]
+    sentence = json.loads(sts.read_text(encoding="utf-8").partition("\n")[0])["sentence1"]
+    rows = [{"id": f"r{i}", "query": text.upper(), "pos": [f"p{i}"]} for i, text in enumerate(questions)]
+    rows.append({"id": "s", "query": "x", "pos": ["y"], "neg": [sentence]})
+    Path("planted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("clean.jsonl").write_text('{"query": "who wrote this", "pos": ["nobody did"]}\n', encoding="utf-8")
+    Path("c.toml").write_text(PLANTED.format(sts=sts), encoding="utf-8")
+    assert main(["check", "c.toml", "--against", str(XQUAD), "--against", str(SCIFACT), "data.skip_broken=true"]) == 0
+    said = capfd.readouterr().err.partition("texts of the training data in evaluation sets")[2]
+    assert f"{sts}: 1 records (0 query, 0 positive, 1 negative)\n      s, negative: {sentence[:100]!r}\n" in said
+    assert f"{XQUAD}: 5 records (5 query, 0 positive, 0 negative)\n      r0, query: " in said
+    assert "r2, query: " in said and "r3, query: " not in said
+    assert f"{SCIFACT}: 0 records (0 query, 0 positive, 0 negative)\n" in said
+    assert main(["check", "c.toml", "--against", "nowhere"]) == 1
+    assert "missing evaluation set: nowhere" in capfd.readouterr().err

@@ -5,6 +5,9 @@
     bitext          for each foreign sentence the nearest English one: accuracy and F1; instruction on both sides
     classification  logistic regression on 16 texts per label, mean accuracy of 10 draws; instruction on every text, and
                     vectors of the length that they have
+    clustering      V-measure of mini-batch k-means against the labels, as MTEB runs it; instruction on every text
+    pair-classification  average precision of cosine (MTEB's cosine_ap); instruction on both sides
+    reranking       MAP and MRR of each query's own candidates; instruction on queries
 
 The protocol is that of arXiv 2401.00368 section 4.2 and its published script; testsets.py reads the files.
 """
@@ -23,14 +26,16 @@ import pytrec_eval
 from rich.console import Console
 from rich.table import Column, Table
 from scipy.stats import spearmanr
+from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, v_measure_score
 
 from e5core.checkpoint import write_json
 from e5core.distributed import finish, log, log_error, start
 from e5core.encode import Encoder, ShownEncoder, describe_device
 from e5core.records import nearest
-from e5core.testsets import Classification, EvalSet, Pairs, Retrieval, read_sets
+from e5core.testsets import METRICS, Classification, Clustering, EvalSet, Pairs, Reranking, Retrieval, Texts, read_sets
 
 N_NEAREST = 100
 N_SHOTS = 16
@@ -49,7 +54,7 @@ class TextEncoder(Protocol):
 def evaluate(encoder: TextEncoder, sets: Sequence[EvalSet]) -> dict[str, float]:
     """Score an encoder on test sets; all files are read and checked before the first text is encoded.
 
-    Returns {"NAME/METRIC": percentage}, not rounded: ndcg@10 and recall@100, spearman, accuracy and f1, or accuracy.
+    Returns {"NAME/METRIC": percentage}, not rounded, with the metrics that testsets.METRICS names for each kind.
     Raises ValueError on no set, two sets of one name, a broken line (FILE:LINE); FileNotFoundError on a missing file;
     FloatingPointError where a vector is not finite, naming set and text.
     """
@@ -59,17 +64,23 @@ def evaluate(encoder: TextEncoder, sets: Sequence[EvalSet]) -> dict[str, float]:
     return scores
 
 
-def score_set(encoder: TextEncoder, eval_set: EvalSet, texts: Retrieval | Pairs | Classification) -> dict[str, float]:
+def score_set(encoder: TextEncoder, eval_set: EvalSet, texts: Texts) -> dict[str, float]:
     """Score an encoder on one set that read_sets has read. Returns and raises as evaluate does."""
     match texts:
         case Retrieval():
             scores = _score_retrieval(encoder, eval_set, texts)
         case Pairs() if eval_set.kind == "sts":
             scores = _score_sts(encoder, eval_set, texts)
-        case Pairs():
+        case Pairs() if eval_set.kind == "bitext":
             scores = _score_bitext(encoder, eval_set, texts)
+        case Pairs():
+            scores = _score_pair_classification(encoder, eval_set, texts)
         case Classification():
             scores = _score_classification(encoder, eval_set, texts)
+        case Clustering():
+            scores = _score_clustering(encoder, eval_set, texts)
+        case Reranking():
+            scores = _score_reranking(encoder, eval_set, texts)
     return {f"{eval_set.name}/{metric}": 100.0 * score for metric, score in scores.items()}
 
 
@@ -95,8 +106,7 @@ def _score_retrieval(encoder: TextEncoder, eval_set: EvalSet, texts: Retrieval) 
 
 
 def _score_sts(encoder: TextEncoder, eval_set: EvalSet, texts: Pairs) -> dict[str, float]:
-    first, second = _embed_pairs(encoder, eval_set, texts)
-    cosines = np.sum(first * second, axis=1, dtype=np.float64)
+    cosines = _cosines(encoder, eval_set, texts)
     if np.ptp(cosines) == 0.0:  # an encoder that has collapsed orders nothing, and Spearman is not defined
         return {"spearman": 0.0}
     return {"spearman": float(spearmanr(cosines, texts.scores).statistic)}
@@ -128,6 +138,45 @@ def _score_classification(encoder: TextEncoder, eval_set: EvalSet, texts: Classi
             model = LogisticRegression(max_iter=100).fit(vectors[np.searchsorted(rows, draw)], labels)
         accuracies.append(float(np.mean(model.predict(test_vectors) == test_labels)))
     return {"accuracy": float(np.mean(accuracies))}
+
+
+def _score_clustering(encoder: TextEncoder, eval_set: EvalSet, texts: Clustering) -> dict[str, float]:
+    """As MTEB's clustering evaluator: as many clusters as labels, batches of 500 rows in the file's order, seed 42.
+
+    V-measure is the harmonic mean of homogeneity (a cluster holds one label) and completeness (a label is in one
+    cluster); k-means depends on its seed and on the order of the rows, so both are fixed.
+    """
+    named = {f"text {row}": text for row, text in enumerate(texts.texts)}
+    vectors = _embed(encoder, eval_set.name, named, eval_set.instruction)
+    k_means = MiniBatchKMeans(n_clusters=len(set(texts.labels)), batch_size=500, n_init="auto", random_state=42)
+    with warnings.catch_warnings():  # an encoder that has collapsed makes fewer distinct vectors than labels
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        clusters = k_means.fit_predict(vectors)
+    return {"v_measure": float(v_measure_score(texts.labels, clusters))}
+
+
+def _score_pair_classification(encoder: TextEncoder, eval_set: EvalSet, texts: Pairs) -> dict[str, float]:
+    """Unit vectors have one order by cosine, dot and Euclidean distance, so MTEB's ap by each is this to rounding."""
+    return {"ap": float(average_precision_score(texts.scores, _cosines(encoder, eval_set, texts)))}
+
+
+def _score_reranking(encoder: TextEncoder, eval_set: EvalSet, texts: Reranking) -> dict[str, float]:
+    """Of equal similarities negatives come first, as in MTEB, so that a collapsed encoder gains nothing."""
+    queries = {f"query {row}": text for row, text in enumerate(texts.queries)}
+    candidates = [[*p, *n] for p, n in zip(texts.positives, texts.negatives, strict=True)]
+    documents = {f"candidate {i} of query {row}": x for row, own in enumerate(candidates) for i, x in enumerate(own)}
+    query_vectors = _embed(encoder, eval_set.name, queries, eval_set.instruction)
+    document_vectors = _embed(encoder, eval_set.name, documents, "")
+    ends = np.cumsum([len(own) for own in candidates])
+    precisions: list[float] = []
+    reciprocals: list[float] = []
+    for query, end, own, positives in zip(query_vectors, ends, candidates, texts.positives, strict=True):
+        similarities = np.sum(document_vectors[end - len(own) : end] * query.astype(np.float64), axis=1)
+        relevant = np.arange(len(own)) < len(positives)
+        places = np.flatnonzero(relevant[np.lexsort((relevant, -similarities))]) + 1
+        precisions.append(float(np.mean(np.arange(1, len(places) + 1) / places)))
+        reciprocals.append(1.0 / float(places[0]))
+    return {"map": float(np.mean(precisions)), "mrr": float(np.mean(reciprocals))}
 
 
 def nearest_rows(
@@ -178,6 +227,12 @@ def _embed_pairs(encoder: TextEncoder, eval_set: EvalSet, texts: Pairs) -> tuple
     second = {f"sentence2 of pair {row}": text for row, text in enumerate(texts.second)}
     vectors = _embed(encoder, eval_set.name, first | second, eval_set.instruction)
     return vectors[: len(first)], vectors[len(first) :]
+
+
+def _cosines(encoder: TextEncoder, eval_set: EvalSet, texts: Pairs) -> np.ndarray:
+    """The cosine of every pair, (N,) float64."""
+    first, second = _embed_pairs(encoder, eval_set, texts)
+    return np.sum(first * second, axis=1, dtype=np.float64)
 
 
 def _chosen(queries: Mapping[str, str], max_queries: int | None) -> list[str]:
@@ -258,7 +313,7 @@ def _named_sets(arguments: argparse.Namespace) -> list[EvalSet]:
             raise ValueError(f"--task must be NAME=TEXT, got {given!r}")
         tasks[name] = task
     sets: list[EvalSet] = []
-    for kind in ("retrieval", "sts", "bitext", "classification"):
+    for kind in METRICS:
         for path in vars(arguments)[kind]:
             # "" stands in until the name is known: without a task an unknown classification is refused.
             name = EvalSet(kind=kind, path=path, task="").name
@@ -286,8 +341,11 @@ def _parser() -> argparse.ArgumentParser:
         ("sts", "FILE", ".jsonl files of sentence1, sentence2, score"),
         ("bitext", "FILE", ".jsonl files of sentence1 (foreign), sentence2 (English)"),
         ("classification", "DIR", "folders with train.jsonl and test.jsonl of text, label"),
+        ("clustering", "DIR", "folders with test.jsonl of text, label"),
+        ("pair-classification", "DIR", "folders with test.jsonl of sentence1, sentence2, label (1 or 0)"),
+        ("reranking", "DIR", "folders with test.jsonl of query, positive (list), negative (list)"),
     ):
-        parser.add_argument(f"--{kind}", metavar=metavar, nargs="+", action="extend", default=[], help=text)
+        parser.add_argument(f"--{kind}", dest=kind, metavar=metavar, nargs="+", action="extend", default=[], help=text)
     parser.add_argument(
         "--task", metavar="NAME=TEXT", nargs="+", action="extend", default=[], help="a set's instruction"
     )

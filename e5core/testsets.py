@@ -4,6 +4,9 @@
     sts             a .jsonl file of sentence1, sentence2, score
     bitext          a .jsonl file of sentence1 (foreign), sentence2 (English), line by line translations of each other
     classification  a folder of train.jsonl and test.jsonl with text and label
+    clustering      a folder of test.jsonl with text and label
+    pair-classification  a folder of test.jsonl with sentence1, sentence2, label: 1 (alike) or 0
+    reranking       a folder of test.jsonl with query, positive (a list of texts), negative (a list of texts)
 
 The instructions are those of arXiv 2401.00368, table 15. Text leaves here in NFC form, as training text does.
 """
@@ -32,17 +35,24 @@ TASKS = {  # instruction by the set's name: the first pattern that fits
     "nq*": "Given a question, retrieve Wikipedia passages that answer the question",
     "scifact*": "Given a scientific claim, retrieve documents that support or refute the claim",
     "banking77*": "Given a online banking query, find the corresponding intents",
+    "hwu64-scenarios*": "Given a user utterance as query, find the user scenarios",
+    "snli*": "Given a premise, retrieve a hypothesis that is entailed by the premise",
 }
-DEFAULT_TASKS = {  # by kind, for other names; what a classification is about cannot be guessed
+DEFAULT_TASKS = {  # by kind, for other names; what a classification or clustering is about cannot be guessed
     "retrieval": "Given a web search query, retrieve relevant passages that answer the query",
     "sts": "Retrieve semantically similar text.",
     "bitext": "Retrieve parallel sentences.",
+    "pair-classification": "Retrieve semantically similar text.",
+    "reranking": "Given a web search query, retrieve relevant passages that answer the query",
 }
 METRICS = {  # what evaluate.py measures, by kind
     "retrieval": ("ndcg@10", "recall@100"),
     "sts": ("spearman",),
     "bitext": ("accuracy", "f1"),
     "classification": ("accuracy",),
+    "clustering": ("v_measure",),
+    "pair-classification": ("ap",),
+    "reranking": ("map", "mrr"),
 }
 
 
@@ -50,7 +60,7 @@ METRICS = {  # what evaluate.py measures, by kind
 class EvalSet:
     """One test set: a table of [[eval.sets]], or a name on the command line."""
 
-    kind: Literal["retrieval", "sts", "bitext", "classification"]
+    kind: Literal["retrieval", "sts", "bitext", "classification", "clustering", "pair-classification", "reranking"]
     path: str  # a folder or a .jsonl file, as in the module's list
     task: str | None = None  # instruction; None = by TASKS, then DEFAULT_TASKS; "" = no instruction
     max_queries: Annotated[int, Field(ge=1)] | None = None  # retrieval: so many queries and all documents; None = all
@@ -60,15 +70,15 @@ class EvalSet:
             raise ValueError(
                 f"max_queries is for retrieval only: got {self.max_queries} for the {self.kind} {self.path}"
             )
-        if self.task is None and self.kind == "classification" and not self.instruction:
+        if self.task is None and not self.instruction:
             known = ", ".join(TASKS)
-            raise ValueError(f"the classification {self.name} needs a task: known are those of {known}; give its task")
+            raise ValueError(f"the {self.kind} {self.name} needs a task: known are those of {known}; give its task")
 
     @property
     def name(self) -> str:
         """The folder's name, with the split unless it is the test split; or the file's stem (deu-eng)."""
         path = Path(os.path.abspath(self.path))
-        if self.kind in ("retrieval", "classification"):
+        if self.kind not in ("sts", "bitext"):
             return path.name
         if path.stem == "test":
             return path.parent.name
@@ -99,11 +109,11 @@ class Retrieval:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Sentence pairs, of sts or of bitext."""
+    """Sentence pairs, of sts, bitext or pair classification."""
 
     first: list[str]
     second: list[str]
-    scores: list[float]  # sts: the human scores; bitext: empty
+    scores: list[float]  # sts: the human scores; bitext: empty; pair classification: 1 (alike) or 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +126,27 @@ class Classification:
     test_labels: list[str]
 
 
-def read_sets(sets: Sequence[EvalSet]) -> list[tuple[EvalSet, Retrieval | Pairs | Classification]]:
+@dataclass(frozen=True, slots=True)
+class Clustering:
+    """Texts with the label of the group that each belongs to."""
+
+    texts: list[str]
+    labels: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reranking:
+    """Queries, each with candidates of its own."""
+
+    queries: list[str]
+    positives: list[list[str]]
+    negatives: list[list[str]]
+
+
+Texts = Retrieval | Pairs | Classification | Clustering | Reranking
+
+
+def read_sets(sets: Sequence[EvalSet]) -> list[tuple[EvalSet, Texts]]:
     """Read and check test sets, so that a bad one fails before a model is loaded.
 
     Raises ValueError on no set, two sets of one name, a broken line (FILE:LINE); FileNotFoundError on a missing file.
@@ -134,6 +164,9 @@ def read_sets(sets: Sequence[EvalSet]) -> list[tuple[EvalSet, Retrieval | Pairs 
         "sts": read_sts,
         "bitext": read_bitext,
         "classification": read_classification,
+        "clustering": read_clustering,
+        "pair-classification": read_pair_classification,
+        "reranking": read_reranking,
     }
     return [(eval_set, readers[eval_set.kind](Path(eval_set.path))) for eval_set in sets]
 
@@ -168,7 +201,7 @@ def read_retrieval(folder: Path) -> Retrieval:
 
 def read_sts(path: Path) -> Pairs:
     """Read sentence pairs with scores: at least two pairs, and not all scores the same."""
-    pairs = _pairs(path, scored=True)
+    pairs = _pairs(path, "score")
     if len(set(pairs.scores)) < 2:
         raise ValueError(
             f"{path}: every score is {pairs.scores[0]:g}, so there is no order to compare; give two or more"
@@ -178,7 +211,7 @@ def read_sts(path: Path) -> Pairs:
 
 def read_bitext(path: Path) -> Pairs:
     """Read translated pairs: at least two."""
-    return _pairs(path, scored=False)
+    return _pairs(path)
 
 
 def read_classification(folder: Path) -> Classification:
@@ -195,6 +228,40 @@ def read_classification(folder: Path) -> Classification:
             raise BrokenRecord(f"{place}: train.jsonl has no text of the label {label!r}")
         test.append((text, label))
     return Classification([x for x, _ in train], [y for _, y in train], [x for x, _ in test], [y for _, y in test])
+
+
+def read_clustering(folder: Path) -> Clustering:
+    """Read labelled texts: at least two labels."""
+    path = folder / "test.jsonl"
+    rows = [(text, label) for _, text, label in _labelled(path)]
+    labels = [label for _, label in rows]
+    if len(set(labels)) < 2:
+        raise ValueError(f"{path}: a clustering needs two labels or more, got {labels[0]}")
+    return Clustering([text for text, _ in rows], labels)
+
+
+def read_pair_classification(folder: Path) -> Pairs:
+    """Read labelled pairs: at least one that is alike and one that is not."""
+    path = folder / "test.jsonl"
+    pairs = _pairs(path, "label")
+    if len(set(pairs.scores)) < 2:
+        raise ValueError(f"{path}: every label is {pairs.scores[0]:g}; give pairs of 1 (alike) and of 0")
+    return pairs
+
+
+def read_reranking(folder: Path) -> Reranking:
+    """Read queries with candidates: at least one positive and one negative each, and no text that is both."""
+    read = Reranking([], [], [])
+    for place, fields in _objects(folder / "test.jsonl"):
+        read.queries.append(checked_text(required(fields, "query", place), place, "query"))
+        for side, texts in (("positive", read.positives), ("negative", read.negatives)):
+            given = required(fields, side, place)
+            if not isinstance(given, list) or not given:
+                raise BrokenRecord(f"{place}: {side} must be a list of one text or more, got {given!r:.60}")
+            texts.append([checked_text(text, place, side) for text in given])
+        for text in set(read.positives[-1]).intersection(read.negatives[-1]):
+            raise BrokenRecord(f"{place}: a text is both positive and negative: {text[:60]!r}")
+    return read
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
@@ -224,13 +291,17 @@ def _identified(path: Path, *, titled: bool) -> Iterator[tuple[str, str]]:
         yield identity, text
 
 
-def _pairs(path: Path, *, scored: bool) -> Pairs:
+def _pairs(path: Path, column: Literal["score", "label", ""] = "") -> Pairs:
+    """Read pairs, with the numbers of a column if it is named."""
     pairs = Pairs([], [], [])
     for place, fields in _objects(path):
         pairs.first.append(checked_text(required(fields, "sentence1", place), place, "sentence1"))
         pairs.second.append(checked_text(required(fields, "sentence2", place), place, "sentence2"))
-        if scored:
-            pairs.scores.append(checked_number(required(fields, "score", place), place, "score"))
+        if column:
+            number = checked_number(required(fields, column, place), place, column)
+            if column == "label" and number not in (0, 1):
+                raise BrokenRecord(f"{place}: label must be 1 (alike) or 0, got {number:g}")
+            pairs.scores.append(number)
     if len(pairs.first) < 2:
         raise ValueError(f"{path} holds 1 pair: at least 2 are needed")
     return pairs

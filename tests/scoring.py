@@ -71,6 +71,11 @@ def retrieval(path: Path, **fields: object) -> EvalSet:
     return EvalSet(kind="retrieval", path=str(path), **fields)
 
 
+def set_of(kind: str, folder: Path, lines: Sequence[dict], **fields: object) -> EvalSet:
+    """Write a set of one test.jsonl.  Returns it."""
+    return EvalSet(kind=kind, path=str(write_lines(folder / "test.jsonl", lines).parent), **fields)
+
+
 def on_terminal(module: str, *arguments: str | Path) -> str:
     """Run a module's command line with stderr on a terminal of 80 columns.  Returns what it showed, without colours."""
     environment = {

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from models import moments, save_embedder
-from rank_laws import BUDGETS, TEXTS, again, cut_to, measured, trainings
+from rank_laws import BUDGETS, TEXTS, again, cut_to, measured, text, trainings
 from ranks import free_port, run_ranks
 from safetensors.torch import load_file, save_file
 from test_train import CONFIG, ROOT, SYNTHETIC
@@ -272,6 +273,21 @@ def test_a_rank_that_raises_ends_the_job_in_seconds_and_says_why(error: str, con
     assert checkpoint.steps_of(tmp_path / "run") == [1, 2]
 
 
+def small_sets(folder: Path) -> list[str]:
+    """Write a set of clustering, pair classification and reranking.  Returns their arguments."""
+    texts = [text(30 + 5 * i, i) for i in range(24)]
+    labelled = [{"text": x, "label": "abc"[i % 3]} for i, x in enumerate(texts)]
+    alike = [{"sentence1": x, "sentence2": y, "label": i % 2} for i, (x, y) in enumerate(pairwise(texts))]
+    ranked = [{"query": x, "positive": texts[:2], "negative": texts[2:9]} for x in texts[9:]]
+    arguments: list[str] = []
+    for kind, lines in (("clustering", labelled), ("pair-classification", alike), ("reranking", ranked)):
+        path = folder / kind / "test.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        arguments += [f"--{kind}", str(path.parent)]
+    return [*arguments, "--task", "clustering=Find the group."]
+
+
 def test_the_commands_run_under_torchrun(config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = [f"train.run='{run}'", "train.steps=2", "eval.every=2"]
@@ -282,10 +298,10 @@ def test_the_commands_run_under_torchrun(config_file: Path, tmp_path: Path) -> N
     assert sum("; ranks: 2" in line for line in said) == 1
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["pairs/spearman"]
     pairs = config_file.parent / "pairs.jsonl"
-    evaluation = [str(run), "--sts", str(pairs), "--out"]
+    evaluation = [str(run), "--sts", str(pairs), *small_sets(tmp_path / "sets"), "--out"]
     done = torchrun(3, "-m", "e5core.evaluate", *evaluation, str(tmp_path / "3.json"))
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1
+    assert len(done.stdout.splitlines()) == 5
     assert evaluate.main([*evaluation, str(tmp_path / "1.json")]) == 0
     scores = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 3)]
     assert scores[0] == pytest.approx(scores[1])

@@ -17,11 +17,23 @@ import pytest
 import pytrec_eval
 from models import save_embedder
 from scipy.stats import rankdata
-from scoring import DATA, TableEncoder, WordEncoder, on_terminal, retrieval, write_beir, write_lines, write_pairs
+from scoring import (
+    DATA,
+    TableEncoder,
+    WordEncoder,
+    on_terminal,
+    retrieval,
+    set_of,
+    write_beir,
+    write_lines,
+    write_pairs,
+)
 from sklearn.metrics import accuracy_score, f1_score
 
 from e5core.evaluate import evaluate, main, nearest_rows, show_table
 from e5core.testsets import EvalSet, read_bitext, read_retrieval, read_sts
+
+ALIKE = [{"sentence1": "a", "sentence2": text, "label": label} for text, label in (("b", 0), ("c", 1))]
 
 # Retrieval
 
@@ -227,6 +239,9 @@ def test_measures_are_the_names_of_the_scores_in_their_order(tmp_path: Path) -> 
         EvalSet(kind="sts", path=str(pairs)),
         EvalSet(kind="bitext", path=str(shutil.copy(pairs, tmp_path / "deu-eng.jsonl"))),
         EvalSet(kind="classification", path=str(tmp_path / "toy"), task="Guess."),
+        set_of("clustering", tmp_path / "groups", [{"text": label, "label": label} for label in "ab"], task="Guess."),
+        set_of("pair-classification", tmp_path / "alike", ALIKE),
+        set_of("reranking", tmp_path / "order", [{"query": "a", "positive": ["b"], "negative": ["c"]}]),
     ]
     assert [name for eval_set in sets for name in eval_set.measures] == list(evaluate(WordEncoder(), sets))
     assert sets[0].measures == ("beir/ndcg@10", "beir/recall@100") and sets[1].measures == ("some-sts-dev/spearman",)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
-from scoring import DATA, WordEncoder, retrieval, write_beir, write_lines, write_pairs
+from scoring import DATA, WordEncoder, retrieval, set_of, write_beir, write_lines, write_pairs
 
 from e5core.evaluate import evaluate
 from e5core.testsets import EvalSet, read_bitext, read_classification, read_retrieval, read_sts
@@ -48,6 +48,10 @@ def test_the_shipped_sets_have_the_counts_of_their_readmes() -> None:
         ("sts", "a/mine.jsonl", "mine", "Retrieve semantically similar text."),
         ("bitext", "a/tatoeba/deu-eng.jsonl", "deu-eng", "Retrieve parallel sentences."),
         ("classification", "a/banking77", "banking77", "Given a online banking query, find the corresponding intents"),
+        ("clustering", "a/hwu64-scenarios/", "hwu64-scenarios", "Given a user utterance as query, find the user scen"),
+        ("pair-classification", "a/snli-test", "snli-test", "Given a premise, retrieve a hypothesis that is entailed"),
+        ("pair-classification", "a/mine", "mine", "Retrieve semantically similar text."),
+        ("reranking", "a/mine", "mine", "Given a web search query, retrieve relevant passages that answer the query"),
     ],
 )
 def test_name_and_instruction_come_from_the_path(kind: str, path: str, name: str, task: str) -> None:
@@ -72,7 +76,8 @@ def test_a_set_named_from_inside_its_folder_has_the_folders_name(
         ({"kind": "sts", "path": "x.jsonl", "max_queries": 5}, "max_queries is for retrieval only"),
         ({"kind": "classification", "path": "a/unknown"}, "the classification unknown needs a task"),
         ({"kind": "retrieval", "path": "x", "max_queries": 0}, "greater than or equal to 1"),
-        ({"kind": "rerank", "path": "x"}, "'retrieval', 'sts', 'bitext' or 'classification'"),
+        ({"kind": "clustering", "path": "a/unknown"}, "the clustering unknown needs a task"),
+        ({"kind": "rerank", "path": "x"}, "'retrieval', 'sts', .* 'pair-classification' or 'reranking'"),
     ],
 )
 def test_a_bad_set_is_refused_by_the_config(fields: dict[str, object], why: str) -> None:
@@ -111,6 +116,11 @@ def labelled(train: Sequence[dict], test: Sequence[dict]) -> Callable[[Path], Ev
     return build
 
 
+def of_one_file(kind: str, *lines: dict) -> Callable[[Path], EvalSet]:
+    return lambda folder: set_of(kind, folder / "x", lines, task="t")
+
+
+ALIKE, RANKED = {"sentence1": "a", "sentence2": "b", "label": 1}, {"query": "a", "positive": ["b"], "negative": ["c"]}
 PAIR = {"sentence1": "a", "sentence2": "b", "score": 1}
 A, B = {"text": "a", "label": "a"}, {"text": "b", "label": "b"}
 HEAD = "query-id\tcorpus-id\tscore"
@@ -161,6 +171,26 @@ BAD_SETS = {
     "label is null": (
         labelled([A, {"text": "x", "label": None}], [A]),
         r"train.jsonl:2: label must be a string, got null",
+    ),
+    "one cluster": (of_one_file("clustering", A, A), "test.jsonl: a clustering needs two labels or more, got a"),
+    "no folder of pairs": (lambda x: EvalSet(kind="pair-classification", path=str(x / "none")), "none/test.jsonl"),
+    "label is no verdict": (
+        of_one_file("pair-classification", ALIKE, ALIKE | {"label": 2}),
+        r"test.jsonl:2: label must be 1 \(alike\) or 0, got 2",
+    ),
+    "all alike": (of_one_file("pair-classification", ALIKE, ALIKE), "every label is 1; give pairs of 1"),
+    "no candidates": (
+        of_one_file("reranking", RANKED, RANKED | {"negative": []}),
+        r"test.jsonl:2: negative must be a list of one text or more, got \[\]",
+    ),
+    "a text for a list": (
+        of_one_file("reranking", RANKED | {"positive": "b"}),
+        r"test.jsonl:1: positive must be a list",
+    ),
+    "blank candidate": (of_one_file("reranking", RANKED | {"positive": ["b", ""]}), r"test.jsonl:1: positive is empty"),
+    "relevant and not": (
+        of_one_file("reranking", RANKED | {"negative": ["c", "b"]}),
+        r"test.jsonl:1: a text is both positive and negative: 'b'",
     ),
 }
 

@@ -21,6 +21,7 @@ import e5kernels.attention
 import e5kernels.dropout
 import e5kernels.infonce
 import e5kernels.last_token
+import e5kernels.lora_linear
 import e5kernels.rms_norm
 import e5kernels.rope
 import e5kernels.swiglu
@@ -41,6 +42,7 @@ OPS = (
     e5kernels.dropout,
     e5kernels.infonce,
     e5kernels.last_token,
+    e5kernels.lora_linear,
     e5kernels.rms_norm,
     e5kernels.rope,
     e5kernels.swiglu,

@@ -1,11 +1,8 @@
 """Low-rank adapters by hand (arXiv 2106.09685): y = x W^T + b + s z B^T,  z = d(x) A^T,  s = alpha / rank.
 
 W and b, where there is one, are frozen; A (R, in) and B (out, R) are fp32 masters cast to x's dtype where they are
-used. d is dropout on the adapter's input, as in PEFT: d(x) = m * x / (1 - p). Backward, with g = dL/dy:
-
-    dz = s g B      dB = s g^T z      dA = dz^T d(x)      dx = g W + m * (dz A) / (1 - p)
-
-Saved are x, z and 8 bytes a token, never the mask and never dW. The mask m is a pure function of (seed, step, layer,
+used. d is dropout on the adapter's input, as in PEFT: d(x) = m * x / (1 - p). The backward pass, and what is saved for
+it, stands in e5kernels/lora_linear.py. The mask m is a pure function of (seed, step, layer,
 linear, row in the global batch, position, channel): any packing, micro-batch or number of ranks draws the same, and so
 does the backward pass (e5kernels/dropout.py; p is rounded to a multiple of 1/256).
 """
@@ -17,12 +14,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from e5core.backbone import Backbone
-from e5kernels.dropout import keyed_dropout, mix, mix_tensor, signed
+from e5kernels.dropout import mix, mix_tensor, signed
+from e5kernels.lora_linear import lora_linear
 
 LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 _ROOM = {"wq": "attention", "wk": "attention", "wv": "attention", "wo": "attention"}
@@ -101,40 +98,9 @@ class LoraLinear(nn.Module):
         """Return y (T, out); where it is not read, zeros in its place, through which all gradients flow as ever."""
         keys = self.token_keys.keys if self.drop_below else None
         stream = signed(mix(self.token_keys.step_key + self.number))  # torch's profiler takes no larger integers
-        return _LoraFunction.apply(
+        return lora_linear(
             x, self.weight, self.bias, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below, is_read
         )
-
-
-class _LoraFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, keys, stream, drop_below, is_read):  # noqa: ANN001, ANN205
-        dropped = x if keys is None else keyed_dropout(x, keys, stream, drop_below)
-        z = dropped @ lora_a.to(x.dtype).T  # (T, R)
-        if is_read:
-            y = F.linear(x, weight, bias)  # (T, out)
-            y.addmm_(z, lora_b.to(x.dtype).T, alpha=scale)
-        else:
-            y = x.new_zeros(()).expand(x.shape[0], weight.shape[0])
-        ctx.save_for_backward(x, z, weight, lora_a, lora_b, keys)
-        ctx.scale, ctx.stream, ctx.drop_below = scale, stream, drop_below
-        return y
-
-    @staticmethod
-    def backward(ctx, g):  # noqa: ANN001, ANN205
-        x, z, weight, lora_a, lora_b, keys = ctx.saved_tensors
-        drop = (keys, ctx.stream, ctx.drop_below)
-        dz = (g @ lora_b.to(g.dtype)).mul_(ctx.scale)  # (T, R)
-        db = (g.T @ z).to(lora_b.dtype).mul_(ctx.scale)
-        da = (dz.T @ (x if keys is None else keyed_dropout(x, *drop))).to(lora_a.dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ weight  # (T, in)
-            if keys is None:
-                dx.addmm_(dz, lora_a.to(g.dtype))
-            else:
-                dx.add_(keyed_dropout(dz @ lora_a.to(g.dtype), *drop))
-        return dx, None, None, da, db, None, None, None, None, None
 
 
 def apply_lora(backbone: Backbone, config: LoraConfig) -> TokenKeys:

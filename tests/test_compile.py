@@ -22,6 +22,7 @@ from e5kernels import (
     dropout_triton,
     infonce_triton,
     last_token_triton,
+    lora_linear_triton,
     rms_norm_triton,
     rope_triton,
     swiglu_triton,
@@ -33,8 +34,11 @@ LAST_TOKEN = {"BLOCK_D": last_token_triton.BLOCK_D}
 NORM = rms_norm_triton.tile_of(8192, DIM)
 HEAD_NORM = rms_norm_triton.tile_of(HEADS, HEAD_DIM)  # qk-norm
 ROPE = rope_triton.tile_of(HEADS, HEAD_DIM // 2) | {"x_channel_stride": 1}
+LORA = {"BLOCK_R": lora_linear_triton.block_r(16), "DROPS": True}
+LORA_FORWARD = {n: tile | LORA | {"SPARE": 16} for n, tile in lora_linear_triton.FORWARD_TILES.items()}
+LORA_BACKWARD = {n: tile | LORA | {"DX": True} for n, tile in lora_linear_triton.BACKWARD_TILES.items()}
 GLU = swiglu_triton.TILE
-KERNELS = {  # case: (kernel, file, options and arguments fixed at compile time)
+KERNELS = {  # case: (kernel, file, options and arguments fixed at compile time, or those of an element's bytes)
     "last_token forward": ("_last_token_forward_kernel", last_token_triton, LAST_TOKEN),
     "last_token backward": ("_last_token_backward_kernel", last_token_triton, LAST_TOKEN),
     "infonce forward": ("_infonce_forward_kernel", infonce_triton, infonce_triton.TILE),
@@ -50,11 +54,13 @@ KERNELS = {  # case: (kernel, file, options and arguments fixed at compile time)
     "swiglu backward": ("_swiglu_backward_kernel", swiglu_triton, GLU | {"GELU": False}),
     "geglu forward": ("_swiglu_forward_kernel", swiglu_triton, GLU | {"GELU": True}),
     "geglu backward": ("_swiglu_backward_kernel", swiglu_triton, GLU | {"GELU": True}),
+    "lora_linear forward": ("_lora_linear_forward_kernel", lora_linear_triton, LORA_FORWARD),
+    "lora_linear backward": ("_lora_linear_backward_kernel", lora_linear_triton, LORA_BACKWARD),
     "dropout": ("_keyed_dropout_kernel", dropout_triton, dropout_triton.tile_of(DIM)),
 }
 IN_CALLERS_DTYPE = (
     "queries_ptr", "candidates_ptr", "hidden_ptr", "pooled_ptr", "d_hidden_ptr", "d_pooled_ptr", "x_ptr", "y_ptr",
-    "g_ptr", "dx_ptr", "gate_ptr", "up_ptr", "d_gate_ptr", "d_up_ptr",
+    "g_ptr", "dx_ptr", "gate_ptr", "up_ptr", "d_gate_ptr", "d_up_ptr", "z_ptr", "dz_ptr",
 )  # fmt: skip
 POINTERS = {
     "cu_seqlens_ptr": "*i32",
@@ -86,10 +92,10 @@ def argument_type(name: str, dtype: str) -> str:
 def compile_kernel(case: str, dtype: str, capability: int) -> dict[str, str | int | bool]:
     """Compile one kernel as its launcher would for 16-byte-aligned tensors of the model's widths."""
     name, module, options = KERNELS[case]
-    kernel = vars(module)[name]
+    kernel, options = vars(module)[name], options.get({"bf16": 2, "fp32": 4}[dtype], options)
     fixed = {key: value for key, value in options.items() if key != "num_warps"}
     types = {x: "constexpr" if x in fixed else argument_type(x, dtype) for x in kernel.arg_names}
-    widths = ("dim", "width", "half", "n_heads")
+    widths = ("dim", "width", "half", "n_heads", "rank")
     aligned = [i for i, x in enumerate(types) if x not in fixed and (x.endswith(("_ptr", "_stride")) or x in widths)]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     launch = {"num_warps": options["num_warps"]} if "num_warps" in options else {}
@@ -136,7 +142,8 @@ def test_kernel_compiles_and_fits(case: str, dtype: str, capability: int, compil
     assert not row["tf32"], "similarities are IEEE fp32"
     if not case.startswith("infonce"):  # its fp32 tiles fill the registers
         assert row["spilled"] == 0
-        assert row["narrow_stores"] == 0, "activations move 16 bytes at a time"
+        allowed = 2 if case == "lora_linear forward" else 0  # z, which has 16 columns
+        assert row["narrow_stores"] <= allowed, "activations move 16 bytes at a time"
 
 
 def test_no_kernel_is_left_out() -> None:

@@ -12,6 +12,7 @@ FP32 = {  # op: (atol, rtol)
     "rms_norm": (1e-5, 2e-6),  # of one channel, the gradient is the rest of two terms that cancel, times 1 / rms
     "rope": (1e-6, 1e-6),
     "glu": (2e-6, 2e-6),
+    "lora_linear": (1e-5, 1e-5),
 }
 
 

@@ -26,6 +26,16 @@ def _splitmix64(z):
     return z ^ (z >> 31)
 
 
+@triton.jit
+def drawn_bytes(key, groups, byte):
+    """What the channels 8 * groups + byte of the tokens with these keys draw: 0..255.  All broadcast.
+
+    key: int64, with the stream's bits already in it.
+    """
+    bits = _splitmix64(key.to(tl.uint64) + groups.to(tl.uint64) * 0x9E3779B97F4A7C15)
+    return ((bits >> (8 * byte).to(tl.uint64)) & 255).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["stream", "drop_below"])
 def _keyed_dropout_kernel(
     x_ptr, keys_ptr, y_ptr, width, x_stride, stream, drop_below, scale, BLOCK_GROUPS: tl.constexpr
@@ -34,10 +44,8 @@ def _keyed_dropout_kernel(
     n_blocks = tl.cdiv(width, 8 * BLOCK_GROUPS)
     token = (tl.program_id(0) // n_blocks).to(tl.int64)
     groups = (tl.program_id(0) % n_blocks) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
-    key = (tl.load(keys_ptr + token) ^ stream.to(tl.int64)).to(tl.uint64)
-    bits = _splitmix64(key + groups.to(tl.uint64) * 0x9E3779B97F4A7C15)
     byte = tl.arange(0, 8)[None, :]
-    drawn = ((bits >> (8 * byte).to(tl.uint64)) & 255).to(tl.int32)
+    drawn = drawn_bytes(tl.load(keys_ptr + token) ^ stream.to(tl.int64), groups, byte)
     columns = 8 * groups + byte
     mask = columns < width
     x = tl.load(x_ptr + token * x_stride + columns, mask=mask, other=0.0).to(tl.float32)

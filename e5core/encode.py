@@ -3,7 +3,7 @@
 Under torchrun (`torchrun --nproc-per-node N -m e5core.encode ...`) each rank embeds a share of the texts.
 
 MODEL is a run folder (its best checkpoint where training kept one, else the newest), a checkpoint folder RUN/step_N, a
-Hugging Face folder or a .gguf file (an untrained model). `--selfcheck` embeds ten fixed texts and holds them against
+adapter that PEFT made, a Hugging Face folder or a .gguf file (an untrained model). `--selfcheck` embeds ten fixed texts and holds them against
 the vectors that training stored, so that a changed library, file or machine shows before a million texts are encoded.
 """
 
@@ -27,15 +27,15 @@ import e5kernels.rope
 import e5kernels.swiglu
 from e5core.adapter import read_adapter
 from e5core.batches import CHARACTERS, deal, document_text, pack, query_text
-from e5core.checkpoint import Card, check_files, read_best, read_card, step_folder, steps_of
+from e5core.checkpoint import Card, check_files
 from e5core.distributed import ALONE, World, alone, finish, gather_rows, largest, log, log_error, start, sum_over_ranks
 from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype
-from e5core.lora import LoraConfig
 from e5core.metrics import TextProgress
 from e5core.records import checked_text, parse_object, read_lines, required
 from e5core.sharding import Strategy
 from e5core.tokenizer import Tokenizer, TokenizerConfig
-from e5core.weights import fingerprint, resolve_model
+from e5core.trained import DEFAULT_MAX_TOKENS, adapter_folder, check_base, find_card, lora_of
+from e5core.weights import resolve_model
 
 OPS = (
     e5kernels.attention,
@@ -47,8 +47,6 @@ OPS = (
     e5kernels.rope,
     e5kernels.swiglu,
 )
-TEMPLATE = query_text("{task}", "{query}")
-DEFAULT_MAX_TOKENS = 512  # paper, appendix A
 CHUNK = 2048  # texts that a rank tokenises and packs together
 # Short, long, empty and non-Latin texts; a pair is (task, text).
 GOLDEN_TEXTS: tuple[tuple[str | None, str], ...] = (
@@ -106,15 +104,17 @@ class Encoder:
         dtype: Dtype = "auto",
         world: World | None = None,
         strategy: Strategy = "auto",
+        base: str | None = None,
     ) -> "Encoder":
-        """Load a run folder, a checkpoint, a Hugging Face folder or a .gguf file.
+        """Load a run folder, a checkpoint or another adapter, a Hugging Face folder or a .gguf file.
 
         max_tokens, dtype: None and "auto" mean what the run was trained with; else 512, and the faster of two.
         world: the ranks that encode together (distributed.start()); None: this process encodes by itself.
         strategy: how the model is sharded over them (sharding.py).
+        base: where an adapter's base model lies; None: where the adapter says.
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
-        folder = _adapter_folder(Path(model))
+        folder = adapter_folder(Path(model))
         world = alone() if world is None else world
         device = world.device
         if folder is None:
@@ -125,23 +125,16 @@ class Encoder:
             default = min(DEFAULT_MAX_TOKENS, built.backbone.config.max_positions)
             return cls(built, Tokenizer.load(path), device, default if max_tokens is None else max_tokens, world)
         check_files(folder)
-        card = read_card(folder)
-        path = resolve_model(card.base_path)
-        found = fingerprint(path)
-        if found != card.base_sha256:
-            raise ValueError(
-                f"{path}: not the base model that {folder} was trained on: sha256 {found[:12]}..., expected "
-                f"{card.base_sha256[:12]}..."
-            )
+        card = find_card(folder, base)
+        path = check_base(folder, card)
         tokenizer = Tokenizer.load(path, TokenizerConfig(**card.tokenizer))
         tokenizer.check_contract(card.tokenizer_contract)
-        if card.template != TEMPLATE:
-            raise ValueError(f"{folder}: trained with the template {card.template!r}, this version has {TEMPLATE!r}")
         chosen, _ = settle_dtype(cast(Dtype, card.dtype) if dtype == "auto" else dtype, world)
         length = card.max_tokens if max_tokens is None else max_tokens
         built = _with_adapter(path, folder, card, chosen, strategy, world)
         encoder = cls(built, tokenizer, device, length, world)
-        encoder.golden = np.load(folder / "golden.npy", allow_pickle=False)
+        if (folder / "golden.npy").is_file():
+            encoder.golden = np.load(folder / "golden.npy", allow_pickle=False)
         encoder.golden_tolerance = 1e-3 if "bfloat16" in (card.dtype, str(chosen).removeprefix("torch.")) else 1e-5
         return encoder
 
@@ -236,23 +229,11 @@ def describe_device(device: torch.device) -> str:
     return f"device {named}; torch {torch.__version__}; {faces}"
 
 
-def _adapter_folder(path: Path) -> Path | None:
-    if (path / "adapter_config.json").is_file():
-        return path
-    if not (path / "config.toml").is_file():
-        return None
-    best, steps = read_best(path), steps_of(path)
-    if not steps:
-        raise FileNotFoundError(f"{path}: a run folder without a checkpoint; let it train to its first save")
-    return step_folder(path, steps[-1] if best is None else best["step"])
-
-
 def _with_adapter(
     path: Path, folder: Path, card: Card, dtype: torch.dtype, strategy: Strategy, world: World
 ) -> EmbeddingModel:
-    lora = LoraConfig(**{**card.lora, "targets": tuple(card.lora["targets"])})
     held = {"strategy": strategy, "world": world}
-    model = build_model(path, dtype, world.device, causal=card.causal, lora=lora, seed=0, **held)
+    model = build_model(path, dtype, world.device, causal=card.causal, lora=lora_of(card), seed=0, **held)
     read_adapter(folder, model.backbone, model.put)
     return model
 
@@ -306,7 +287,8 @@ def _vectors(encoder: Encoder, source: Path, task: str | None, progress: TextPro
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.  Returns the exit status: 0, 1 for a failed selfcheck, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m e5core.encode", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="run folder, checkpoint folder, Hugging Face folder or .gguf file")
+    parser.add_argument("model", help="run folder, adapter folder, Hugging Face folder or .gguf file")
+    parser.add_argument("--base", metavar="PATH", help="base model of an adapter (default: where the adapter says)")
     parser.add_argument("--input", type=Path, help='JSON lines with a "text" each')
     parser.add_argument("--output", type=Path, help=".npy file to write, (n, dim) float32, unit rows")
     parser.add_argument("--task", help="instruction, for queries; documents have none")
@@ -323,7 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         world = start()
         log(describe_device(world.device))
-        encoder = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype, world=world)
+        chosen = {"max_tokens": arguments.max_tokens, "dtype": arguments.dtype, "base": arguments.base}
+        encoder = Encoder.load(arguments.model, world=world, **chosen)
         log(encoder.tokenizer.describe())
         if arguments.selfcheck and not _selfcheck(encoder):
             finish()

@@ -291,7 +291,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no such folder for --out: {out.absolute().parent}")
     sets = read_sets(_named_sets(arguments))
     world = start()
-    encoder = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype, world=world)
+    chosen = {"max_tokens": arguments.max_tokens, "dtype": arguments.dtype, "base": arguments.base}
+    encoder = Encoder.load(arguments.model, world=world, **chosen)
     log(describe_device(encoder.device))
     scores: dict[str, float] = {}
     for eval_set, texts in sets:
@@ -335,7 +336,8 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m e5core.evaluate", description="Score an embedder on test sets.")
-    parser.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder or .gguf file")
+    parser.add_argument("model", metavar="MODEL", help="run folder, adapter, Hugging Face folder or .gguf file")
+    parser.add_argument("--base", metavar="PATH", help="base model of an adapter (default: where the adapter says)")
     for kind, metavar, text in (
         ("retrieval", "DIR", "BEIR folders: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
         ("sts", "FILE", ".jsonl files of sentence1, sentence2, score"),

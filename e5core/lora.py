@@ -33,6 +33,7 @@ class LoraConfig:
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # rounded to a multiple of 1/256
     targets: tuple[str, ...] = LINEARS
+    init: str | None = None  # run or adapter folder (PEFT's layout) to start from; None: A random, B zero
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.targets if name not in LINEARS]

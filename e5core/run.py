@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 
 from e5core import checkpoint
+from e5core.adapter import read_lora
 from e5core.batches import BatchConfig
 from e5core.cards import card_of
 from e5core.config import existing, load_config, write_config
@@ -30,6 +31,7 @@ from e5core.sharding import ShardingConfig
 from e5core.sources import is_growing
 from e5core.testsets import EvalSet, read_sets
 from e5core.tokenizer import Tokenizer, TokenizerConfig
+from e5core.trained import adapter_folder, check_base, find_card
 from e5core.weights import read_config, resolve_model
 from e5core.workload import counted
 
@@ -127,7 +129,25 @@ def check_files(config: Config) -> Path:
     for key, value in (("batch.max_tokens", config.batch.max_tokens), ("eval.max_tokens", config.eval.max_tokens)):
         if value > longest:
             raise ValueError(f"{key} = {value}: the model was made for at most {longest} tokens")
+    if config.lora.init is not None:
+        _check_init(config.lora, config.lora.init, path)
     return path
+
+
+def _check_init(lora: LoraConfig, init: str, base: Path) -> None:
+    """Refuse an adapter to start from that is of other sizes than [lora] says, or of another base model."""
+    folder = adapter_folder(existing(Path(init), "lora.init"))
+    if folder is None:
+        raise ValueError(f"lora.init = {init!r} is no run and no adapter folder: it holds no adapter_config.json")
+    stored, _ = read_lora(folder)
+    of_adapter = {"rank": stored.rank, "alpha": stored.alpha, "targets": sorted(stored.targets)}
+    of_config = {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
+    wrong = [f"lora.{key} is {of_config[key]!r}, {value!r} there" for key, value in of_adapter.items()
+             if of_config[key] != value]  # fmt: skip
+    if wrong:
+        raise ValueError(f"lora.init = {init!r} does not fit: {'; '.join(wrong)}; set them as the adapter has them")
+    checkpoint.check_files(folder)
+    check_base(folder, find_card(folder, str(base)))
 
 
 def check_folder(run: Path, config: Config, world: World) -> None:

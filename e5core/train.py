@@ -22,7 +22,7 @@ from e5core.adapter import read_adapter
 from e5core.batches import build_batch
 from e5core.config import load_config, write_whole
 from e5core.distributed import World, check_same, finish, log, log_error, share, start, sum_over_ranks
-from e5core.encode import TEMPLATE, Encoder, ShownEncoder, describe_device
+from e5core.encode import Encoder, ShownEncoder, describe_device
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
 from e5core.estimate import Plan, describe
 from e5core.evaluate import evaluate, show_table
@@ -47,6 +47,7 @@ from e5core.saving import Saving
 from e5core.step import backward_step, make_optimizer
 from e5core.testsets import EvalSet
 from e5core.tokenizer import Tokenizer
+from e5core.trained import TEMPLATE, adapter_folder
 from e5core.weights import fingerprint
 
 
@@ -84,6 +85,8 @@ def _run(
     lora, causal, seed = config.lora, config.backbone.causal, config.train.seed
     held = {"recompute": config.batch.recompute, "strategy": planned.chosen.setting.strategy, "world": world}
     model = build_model(model_path, dtype, device, causal=causal, lora=lora, seed=seed, **held)
+    if lora.init is not None:
+        read_adapter(adapter_folder(Path(lora.init)), model.backbone, model.put)
     encoder = Encoder(model, Tokenizer.load(model_path, config.tokenizer), device, config.eval.max_tokens, world)
     resume_step = share(make_folder(run, config) if world.is_main else None, world)[0]
     if world.is_main:
@@ -204,7 +207,8 @@ def _train_step(
 ) -> dict[str, Any]:
     """Do step `step` (from 0).  Returns the line for metrics.jsonl.  Raises Preempted before anything has moved."""
     started = time.perf_counter()
-    seed, first, world = config.train.seed, step == 0, encoder.world
+    seed, world = config.train.seed, encoder.world
+    before = _lora_b(encoder.model) if step == 0 else {}
     batch, packed = batches.take(step)
     data_seconds = time.perf_counter() - started
     counts = sum_over_ranks(torch.tensor([batch.n_tokens, batch.n_truncated], device=world.device), world)
@@ -216,8 +220,8 @@ def _train_step(
         raise FloatingPointError(f"step {step + 1}: {error}; records {', '.join(batch.record_ids[:5])}, ...") from error
     lr = learning_rate(config.optim, step, n_steps)
     optimizer.update(lr)
-    if first:
-        _check_moved(encoder.model)
+    if step == 0:
+        _check_moved(before, _lora_b(encoder.model), world)
     seconds = time.perf_counter() - started
     n_tokens, n_truncated = counts.tolist()
     return {
@@ -236,13 +240,19 @@ def _train_step(
     }
 
 
-def _check_moved(model: EmbeddingModel) -> None:
+def _lora_b(model: EmbeddingModel) -> dict[str, torch.Tensor]:
+    """Copy every B, or what this rank holds of it."""
+    return {name: part.detach().clone() for name, part in model.trained().items() if name.endswith("lora_b")}
+
+
+def _check_moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], world: World) -> None:
     """Stop a run whose adapters do not learn (peft #1402: B stayed zero while the loss fell)."""
-    still = [name for name, master in model.masters() if name.endswith("lora_b") and not master.any()]
+    still = {name for name, part in before.items() if torch.equal(part, after[name])}
+    still.intersection_update(*share(sorted(still), world))
     if still:
         raise FloatingPointError(
-            f"after the first step lora_b of {len(still)} linears is still zero, first of them {still[0]}: no gradient "
-            "reached it; does every batch hold a negative for some query?"
+            f"the first step moved no lora_b of {len(still)} linears, first of them {min(still)}: no gradient reached "
+            "it; does every batch hold a negative for some query?"
         )
 
 
@@ -310,7 +320,7 @@ def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card
         causal=config.backbone.causal,
         dtype=config.backbone.dtype,
         max_tokens=config.eval.max_tokens,
-        lora=asdict(config.lora),
+        lora={key: value for key, value in asdict(config.lora).items() if key != "init"},
         tokenizer=asdict(config.tokenizer),
         tokenizer_contract=dict(encoder.tokenizer.contract()),
         template=TEMPLATE,

@@ -60,6 +60,7 @@ FLOORS = (
             "batches",
             "optim",
             "checkpoint",
+            "trained",
             "saving",
             "run",
             "negatives",

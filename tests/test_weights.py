@@ -477,7 +477,7 @@ def test_adapters_come_back_and_damage_is_named(tmp_path: Path) -> None:
     for broken, message in (
         ({k: v for k, v in whole.items() if k != first}, "no tensors for 1 adapters"),
         (whole | {"base_model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(1)}, "fits no adapted linear"),
-        (whole | {first: whole[first][:2].clone()}, "must be finite"),
+        (whole | {first: whole[first][:2].clone()}, "got shape"),
         (whole | {first: whole[first] * torch.nan}, "must be finite"),
     ):
         save_file(broken, file)

@@ -1,0 +1,89 @@
+"""What a path to something trained means: its adapter, the card of that, and the base model under it.
+
+An adapter that others made, with PEFT, has no e5core.json: it is taken as one of the paper's, by the card that
+find_card makes up for it.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from e5core.adapter import read_lora
+from e5core.checkpoint import Card, read_best, read_card, step_folder, steps_of
+from e5core.lora import LoraConfig
+from e5core.records import query_text
+from e5core.tokenizer import Tokenizer, TokenizerConfig
+from e5core.weights import fingerprint, read_config, resolve_model
+
+TEMPLATE = query_text("{task}", "{query}")
+DEFAULT_MAX_TOKENS = 512  # paper, appendix A
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """Return the folder of the adapter that `path` means; None where it means a model without one.
+
+    A run stands for its best checkpoint where training kept one, else for its newest; a folder without a config.json
+    for the adapter in its lora/. Raises FileNotFoundError for a run without a checkpoint.
+    """
+    if (path / "adapter_config.json").is_file():
+        return path
+    if (path / "lora" / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        return path / "lora"
+    if not (path / "config.toml").is_file():
+        return None
+    best, steps = read_best(path), steps_of(path)
+    if not steps:
+        raise FileNotFoundError(f"{path}: a run folder without a checkpoint; let it train to its first save")
+    return step_folder(path, steps[-1] if best is None else best["step"])
+
+
+def find_card(folder: Path, base: str | None = None) -> Card:
+    """Read e5core.json of an adapter's folder, or make the card of an adapter that others made.
+
+    base: where the base model lies, None: where the adapter says.
+    Raises FileNotFoundError or ValueError.
+    """
+    if not (folder / "e5core.json").is_file():
+        return _others_card(folder, base)
+    card = read_card(folder)
+    return card if base is None else replace(card, base_path=base)
+
+
+def lora_of(card: Card) -> LoraConfig:
+    """Return the [lora] table of a card."""
+    return LoraConfig(**{**card.lora, "targets": tuple(card.lora["targets"])})
+
+
+def check_base(folder: Path, card: Card) -> Path:
+    """Find the base model of an adapter.  Returns its path.  Raises ValueError where the files are not those."""
+    path = resolve_model(card.base_path)
+    found = fingerprint(path)
+    if found != card.base_sha256:
+        raise ValueError(
+            f"{path}: not the base model that {folder} was trained on: sha256 {found[:12]}..., expected "
+            f"{card.base_sha256[:12]}..."
+        )
+    if card.template != TEMPLATE:
+        raise ValueError(f"{folder}: trained with the template {card.template!r}, this version has {TEMPLATE!r}")
+    return path
+
+
+def _others_card(folder: Path, base: str | None) -> Card:
+    lora, named = read_lora(folder)
+    try:
+        path = resolve_model(named if base is None else base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder}: its base model is not at {named if base is None else base!r}: {error}; or say where it is "
+            "(--base PATH, from Python base=PATH)"
+        ) from error
+    return Card(
+        base_path=str(path.resolve()),
+        base_sha256=fingerprint(path),
+        causal=True,
+        dtype="auto",
+        max_tokens=min(DEFAULT_MAX_TOKENS, read_config(path).max_positions),
+        lora=asdict(lora),
+        tokenizer=asdict(TokenizerConfig()),
+        tokenizer_contract=dict(Tokenizer.load(path).contract()),
+        template=TEMPLATE,
+    )

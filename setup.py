@@ -70,6 +70,7 @@ setup(
             "transformers",  # oracle of the backbone
             "peft",  # oracle of the LoRA
             "mistral-common",  # carries the tokenizer file of Mistral-7B
+            "sentence-transformers",  # loads what e5core.export writes for it
             "xllamacpp",  # llama.cpp: a real chat API for e5core.synth; with -m slow an oracle of ids and embeddings
         ],
         "oracle": [  # what `pytest -m slow` holds us against besides

@@ -2,9 +2,10 @@
 
 Under torchrun (`torchrun --nproc-per-node N -m e5core.encode ...`) each rank embeds a share of the texts.
 
-MODEL is a run folder (its best checkpoint where training kept one, else the newest), a checkpoint folder RUN/step_N, a
-adapter that PEFT made, a Hugging Face folder or a .gguf file (an untrained model). `--selfcheck` embeds ten fixed texts and holds them against
-the vectors that training stored, so that a changed library, file or machine shows before a million texts are encoded.
+MODEL is a run folder (its best checkpoint where training kept one, else the newest), a checkpoint folder RUN/step_N, an
+adapter that PEFT made, a Hugging Face folder or a .gguf file (an untrained model). `--selfcheck` embeds ten fixed texts
+and holds them against the vectors that training stored, so that a changed library, file or machine shows before a
+million texts are encoded.
 """
 
 import argparse

@@ -178,7 +178,7 @@ FAMILIES = {
 
 def hf_config(raw: dict[str, Any], file: Path) -> BackboneConfig:
     """Turn a config.json into ours.  Raises ValueError for a family or a feature that is not supported."""
-    name, raw = _hf_family(raw, file)
+    name, raw = hf_family(raw, file)
     family = FAMILIES[name]
     raw = family.defaults | raw
     for key, allowed in family.only.items():
@@ -285,7 +285,8 @@ def _our_name(name: str, embedding: str, norm: str, blocks: str, table: dict[str
     return f"layers.{layer}.{table[part]}.{leaf}" if prefix == blocks and part in table else name
 
 
-def _hf_family(raw: dict[str, Any], file: Path) -> tuple[str, dict[str, Any]]:
+def hf_family(raw: dict[str, Any], file: Path) -> tuple[str, dict[str, Any]]:
+    """Return the family of a config.json, and the table of it that describes the decoder.  Raises ValueError."""
     kind = raw.get("model_type")
     for name, family in FAMILIES.items():
         if kind == name:

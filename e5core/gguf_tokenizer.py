@@ -65,13 +65,13 @@ def load_gguf_tokenizer(path: Path) -> GgufTokenizer:
     lengths = {key: len(metadata[key]) for key in needed[kind] if key not in ("pre", "merges")}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{path}: the {prefix} arrays must be of one length, got {lengths}; convert the model again")
-    build, bos_id, eos_id, add_bos = _byte_pair, None, None, False
+    build, bos_id, eos_id, add_bos = byte_pair, None, None, False
     if kind == "llama":
         build, bos_id, eos_id, add_bos = _sentencepiece, 1, 2, True
-    elif metadata["pre"] not in _PRE_TOKENIZERS:
-        raise ValueError(f"{path}: {prefix}pre is {metadata['pre']!r}, supported are {', '.join(_PRE_TOKENIZERS)}")
+    elif metadata["pre"] not in PRE_TOKENIZERS:
+        raise ValueError(f"{path}: {prefix}pre is {metadata['pre']!r}, supported are {', '.join(PRE_TOKENIZERS)}")
     else:
-        add_bos = _PRE_TOKENIZERS[metadata["pre"]].add_bos
+        add_bos = PRE_TOKENIZERS[metadata["pre"]].add_bos
     return GgufTokenizer(
         model=build(path, metadata),
         bos_id=metadata.get("bos_token_id", bos_id),
@@ -95,7 +95,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "default": _PreTokenizer(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": _PreTokenizer(patterns=(_GPT2,)),
     "smollm": _PreTokenizer(patterns=(r"\p{N}", _GPT2)),
@@ -122,8 +122,12 @@ def _token_types(path: Path, metadata: dict[str, Any]) -> list[int]:
     ]
 
 
-def _byte_pair(path: Path, metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-    pre_tokenizer = _PRE_TOKENIZERS[metadata["pre"]]
+def byte_pair(path: Path, metadata: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Build the tokenizer that tokenizer.ggml.pre, tokens, merges and token_type (keys without the prefix) describe.
+
+    path: of the file, for messages.  Raises ValueError for what makes no tokenizer.
+    """
+    pre_tokenizer = PRE_TOKENIZERS[metadata["pre"]]
     tokens, types = metadata["tokens"], _token_types(path, metadata)
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocab) < len(tokens):

@@ -106,6 +106,15 @@ class Tokenizer:
         """Turn ids into text for people to read, special tokens written out."""
         return self._model.decode(ids)
 
+    @property
+    def library(self) -> tokenizers.Tokenizer | sentencepiece.SentencePieceProcessor:
+        """The library's own object, which splits text; it knows nothing of our BOS and EOS."""
+        return self._model.library
+
+    def piece(self, token_id: int) -> str:
+        """Return the string of an id."""
+        return self._model.pieces()[token_id]
+
     def contract(self) -> dict[str, str | int | None]:
         """Return what a run stores, so that a later load can tell whether ids still mean the same."""
         return {
@@ -144,7 +153,7 @@ class _BytePairModel:
         model.encode_special_tokens = True
         model.no_truncation()
         model.no_padding()
-        self._model = model
+        self._model = self.library = model
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -175,7 +184,7 @@ class _SentencePieceModel:
     kind = "sentencepiece"
 
     def __init__(self, model: sentencepiece.SentencePieceProcessor) -> None:
-        self._model = model
+        self._model = self.library = model
         self.vocab_size = model.vocab_size()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

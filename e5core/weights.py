@@ -147,6 +147,18 @@ def tensors_of(path: Path, config: BackboneConfig) -> Iterator[tuple[str, Tensor
     return _gguf_tensors(path, config) if path.suffix == ".gguf" else _hf_tensors(path, config)
 
 
+def names_of(path: Path, config: BackboneConfig) -> list[str]:
+    """Return our names of the decoder's tensors, in the order of `tensors_of`, without reading one."""
+    if path.suffix == ".gguf":
+        names = [gguf_name(name) for name in read_gguf_header(path)[1]]
+    else:
+        family, names = FAMILIES[config.family], []
+        for file in _safetensors_files(path):
+            with safe_open(file, framework="pt") as source:
+                names += [hf_name(name, family) for name in source.keys()]  # noqa: SIM118
+    return [name for name in names if name is not None]
+
+
 def fingerprint(path: Path) -> str:
     """Hash the model's weight files (sha256, hex).  Checkpoints name their base model by it."""
     digest = hashlib.sha256()

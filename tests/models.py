@@ -123,12 +123,13 @@ def save_peer(variant: str, folder: Path, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def save_embedder(folder: Path, n_layers: int = 2) -> Path:
-    """Save a tiny random Llama with a byte-level tokenizer: a whole model folder that can be trained."""
+def save_embedder(folder: Path, n_layers: int = 2, family: str = "llama") -> Path:
+    """Save a tiny random Llama (or Mistral) with a byte-level tokenizer: a whole model folder that can be trained."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": n_layers}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    randomised(LlamaModel(LlamaConfig(**sizes, bos_token_id=257, eos_token_id=258))).save_pretrained(folder)
+    config_class, model_class = VARIANTS[{"llama": "llama2"}.get(family, family)][:2]
+    randomised(model_class(config_class(**sizes, bos_token_id=257, eos_token_id=258))).save_pretrained(folder)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -50,6 +50,9 @@ FLOORS = (
             "sources",
             "testsets",
             "adapter",
+            "layouts",
+            "model_files",
+            "tokenizer_files",
         },
     ),
     (
@@ -79,6 +82,7 @@ FLOORS = (
 ENTRY_IMPORTS = {  # other entries know no entry
     ("evaluate", "encode"),
     ("mine", "encode"),
+    ("export", "encode"),
     ("train", "evaluate"),
     ("train", "encode"),
 }
@@ -141,6 +145,7 @@ def sources(folder: str) -> dict[str, ast.Module]:
 PROGRAM = sources("e5core")
 KERNELS = sources("kernels/e5kernels")
 ROOMS = {name: tree for name, tree in PROGRAM.items() if "." not in name and name != "__init__"}
+CONSUMERS = {name: tree for name, tree in PROGRAM.items() if name.startswith("consumers.")}
 SYNTH = {name: tree for name, tree in PROGRAM.items() if name.startswith("synth.")}
 MODULES = {f"e5core.{name}": tree for name, tree in PROGRAM.items()} | {
     f"e5kernels.{name}": tree for name, tree in KERNELS.items()
@@ -191,7 +196,7 @@ def test_there_are_rooms_to_check() -> None:
 
 def test_every_file_of_the_program_has_a_floor() -> None:
     homeless = {name for name in ROOMS if floor_of(name) < 0}
-    strays = {name for name in PROGRAM if "." in name and not name.startswith("synth.")}
+    strays = {name for name in PROGRAM if "." in name and not name.startswith(("synth.", "consumers."))}
     assert not homeless | strays, "name the room in FLOORS (DESIGN section 2), or move it"
 
 
@@ -211,6 +216,11 @@ def test_imports_make_no_circle() -> None:
         for name, own in taken.items()
     }
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_consumers_are_strangers() -> None:
+    for name, tree in CONSUMERS.items():
+        assert not rooms_imported(tree), f"e5core.{name} loads what others would load, by others' means alone"
 
 
 def test_kernels_import_torch_triton_numpy_and_the_standard_library_only() -> None:
@@ -295,6 +305,8 @@ def test_importing_every_module_leaves_cuda_alone() -> None:
     for name in MODULES:
         if name.endswith("_triton") and sys.platform != "linux":
             continue  # there is no Triton to import
+        if name.removeprefix("e5core.") in CONSUMERS:
+            continue  # scripts for the processes of libraries that need not be there
         lines.append(f"importlib.import_module({name.removesuffix('.__init__')!r})")
         lines.append(f"assert not torch.cuda.is_initialized(), {name!r}")
     paths = [str(ROOT), str(ROOT / "kernels")]

@@ -272,9 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m e5core.export", description=__doc__, formatter_class=formatter)
     parser.add_argument("run", metavar="RUN", help="run folder or adapter folder")
-    parser.add_argument(
-        "out", metavar="OUT", type=Path, help="folder to write (for gguf a *.gguf file); may not exist"
-    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write (for gguf a *.gguf file); may not exist")
     parser.add_argument("--format", required=True, choices=get_args(Format))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of merged weights")
     parser.add_argument("--base", metavar="PATH", help="base model (default: where the adapter says)")

@@ -83,6 +83,7 @@ ENTRY_IMPORTS = {  # other entries know no entry
     ("evaluate", "encode"),
     ("mine", "encode"),
     ("export", "encode"),
+    ("merge", "encode"),
     ("train", "evaluate"),
     ("train", "encode"),
 }

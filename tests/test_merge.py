@@ -150,4 +150,4 @@ def test_a_damaged_adapter_is_named(made: Path, tmp_path: Path, capfd: pytest.Ca
     del tensors[next(name for name in tensors if "lora_B" in name)]
     save_file(tensors, broken / "adapter_model.safetensors")
     assert main([str(tmp_path / "out"), str(broken), str(made / "two")]) == 2
-    assert "has no lora_B" in capfd.readouterr().err
+    assert "has no lora_b" in capfd.readouterr().err

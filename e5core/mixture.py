@@ -145,6 +145,11 @@ class Mixture:
         """Number of records that the newest epoch draws."""
         return sum(self._counts())
 
+    @property
+    def shares(self) -> list[tuple[int, int]]:
+        """How many records each source has now, and how many of them the newest epoch draws."""
+        return list(zip(map(len, self._sources), self._counts(), strict=True))
+
     @cached_property
     def digest(self) -> str:
         """Hash of the records that are the same at every epoch."""

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from e5core.adapter import read_adapter
 from e5core.config import read_json
 from e5core.distributed import World, check_same, share
-from e5core.encoder import EmbeddingModel
+from e5core.encoder import EmbeddingModel, Pooling
 from e5core.optim import AdamW
 from e5core.sharding import Slice
 
@@ -56,6 +56,7 @@ class Card:
     tokenizer: dict[str, Any]  # the [tokenizer] table
     tokenizer_contract: dict[str, Any]
     template: str
+    pooling: Pooling = "last"
 
 
 def write_part(folder: Path, rank: int, world_size: int, slices: Mapping[str, Slice]) -> Path:
@@ -194,7 +195,7 @@ def restore(
     Raises ValueError where the folder is of another base model, LoRA, tokenizer or other data.
     """
     state, stored, own = read_json(folder / "state.json"), read_card(folder), json.loads(json.dumps(asdict(card)))
-    for field in ("base_sha256", "tokenizer_contract", "template", "causal", "lora"):
+    for field in ("base_sha256", "tokenizer_contract", "template", "causal", "pooling", "lora"):
         was, now = asdict(stored)[field], own[field]
         if was != now:
             raise ValueError(f"{folder}: {field} was {was}, is {now}; put the model's files back or start a new run")

@@ -91,7 +91,7 @@ class Encoder:
         # Encoding XQuAD's documents with SmolLM2 on 2 AVX2 cores: 534 tokens/s at 1,024, 490 at 4,096 (caches).
         self.batch_tokens = 1024 if device.type == "cpu" else 16384
         # Elsewhere attention goes text by text, and keys that are not the queries' own would cost a mask for each.
-        self.share_prefix = config.causal and device.type == "cpu"
+        self.share_prefix = config.causal and model.pooling == "last" and device.type == "cpu"
         self.n_truncated = 0  # texts cut to max_tokens so far
         self.golden: np.ndarray | None = None  # vectors of GOLDEN_TEXTS stored with the model
         self.golden_tolerance = 0.0  # what a cosine to them may lack of 1
@@ -233,7 +233,7 @@ def describe_device(device: torch.device) -> str:
 def _with_adapter(
     path: Path, folder: Path, card: Card, dtype: torch.dtype, strategy: Strategy, world: World
 ) -> EmbeddingModel:
-    held = {"strategy": strategy, "world": world}
+    held = {"pooling": card.pooling, "strategy": strategy, "world": world}
     model = build_model(path, dtype, world.device, causal=card.causal, lora=lora_of(card), seed=0, **held)
     read_adapter(folder, model.backbone, model.put)
     return model

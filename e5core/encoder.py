@@ -1,8 +1,8 @@
-"""The embedding model: backbone + adapters + last token + unit length (arXiv 2401.00368, section 3.1).
+"""The embedding model: backbone + adapters + pooling + unit length (arXiv 2401.00368, section 3.1).
 
 `build_model` makes it from files in the one right order: sizes, modules on the meta device, adapters, shards, weights.
-The final norm and all that follows run on the last tokens only; embeddings are unit rows in max(fp32, the backbone's
-dtype).
+With last-token pooling the final norm and all that follows run on the last tokens only; the means (arXiv 1908.10084,
+2202.08904) are of all tokens' normed states. Embeddings are unit rows in max(fp32, the backbone's dtype).
 """
 
 import time
@@ -25,6 +25,7 @@ from e5core.sharding import Shards, Strategy, settle_strategy, shard
 from e5core.weights import give_dtypes, load_weights, read_config
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Pooling = Literal["last", "mean", "weighted_mean"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,14 +35,21 @@ class BackboneSource:
     path: Annotated[str, Field(min_length=1)]  # Hugging Face folder, .gguf file or package:NAME/FILE
     dtype: Dtype = "auto"  # of weights and activations; auto: bfloat16 on CUDA, on the CPU the faster of the two
     causal: bool = True  # false: bidirectional attention
+    pooling: Pooling = "last"  # or the mean of all tokens, or that with the weights 1, 2, ..., n (SGPT)
 
 
 class EmbeddingModel(nn.Module):
     """Packed tokens to unit vectors."""
 
-    def __init__(self, config: BackboneConfig, lora: LoraConfig | None, recompute: Policy = "none") -> None:
+    def __init__(
+        self,
+        config: BackboneConfig,
+        lora: LoraConfig | None,
+        recompute: Policy = "none",
+        pooling: Pooling = "last",
+    ) -> None:
         super().__init__()
-        self.backbone = Backbone(config)
+        self.backbone, self.pooling = Backbone(config), pooling
         self.token_keys = TokenKeys() if lora is None else apply_lora(self.backbone, lora)
         apply_recompute(self.backbone, recompute, self.token_keys)
         self.shards: Shards | None = None  # where each rank keeps a slice of the parameters
@@ -70,7 +78,10 @@ class EmbeddingModel(nn.Module):
         dropout: (seed, step) draws the adapters' dropout for the batch's rows, which then share no prefix; None drops
         nothing.
         Returns (N, D) fp32 (fp64 for a float64 backbone), unit rows unless `normalize` is false.
+        Raises ValueError for a shared prefix where its tokens count in every text's mean.
         """
+        if batch.n_shared and self.pooling != "last":
+            raise ValueError(f"texts cannot share a prefix of {batch.n_shared} tokens under {self.pooling} pooling")
         keys, bounds = self.token_keys, batch.cu_seqlens
         if dropout is None:
             keys.clear()
@@ -78,10 +89,26 @@ class EmbeddingModel(nn.Module):
             n_tokens = batch.tokens.shape[0]
             rows = batch.rows.repeat_interleave(bounds.diff(), output_size=n_tokens)
             keys.set(*dropout, rows, positions_of(bounds, n_tokens))
-        pooled = self.backbone(batch.tokens, bounds, batch.n_shared, on_last=lambda: keys.keep_last(bounds))
-        last = self.backbone.norm(pooled[1:] if batch.n_shared else pooled)  # (N, D), a shared prefix being no text
-        last = last.to(torch.promote_types(last.dtype, torch.float32))
-        return F.normalize(last, dim=-1) if normalize else last
+        on_last = (lambda: keys.keep_last(bounds)) if self.pooling == "last" else None
+        hidden = self.backbone(batch.tokens, bounds, batch.n_shared, on_last)
+        hidden = self.backbone.norm(hidden[1:] if batch.n_shared else hidden)  # a shared prefix is no text
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        pooled = hidden if self.pooling == "last" else mean_tokens(hidden, bounds, self.pooling == "weighted_mean")
+        return F.normalize(pooled, dim=-1) if normalize else pooled
+
+
+def mean_tokens(hidden: Tensor, cu_seqlens: Tensor, weighted: bool) -> Tensor:
+    """Average the tokens of every packed sequence, each alike or by the weights 1, 2, ..., n (arXiv 2202.08904).
+
+    hidden: (T, D).  cu_seqlens: (N+1,) int32.  Returns (N, D), hidden's dtype; each sum has one fixed order.
+    """
+    lengths = cu_seqlens.diff().to(hidden.dtype)  # (N,)
+    share = 1 / lengths if not weighted else 2 / (lengths * (lengths + 1))
+    weights = share.repeat_interleave(cu_seqlens.diff(), output_size=hidden.shape[0])  # (T,)
+    if weighted:
+        weights = weights * (positions_of(cu_seqlens, hidden.shape[0]) + 1)
+    # unsafe: the lengths are not read back to be checked, which would stall a GPU's stream
+    return torch.segment_reduce(hidden * weights[:, None], "sum", lengths=cu_seqlens.diff().long(), axis=0, unsafe=True)
 
 
 def build_model(
@@ -92,6 +119,7 @@ def build_model(
     causal: bool,
     lora: LoraConfig | None,
     seed: int,
+    pooling: Pooling = "last",
     recompute: Policy = "none",
     strategy: Strategy = "none",
     world: World = ALONE,
@@ -103,7 +131,7 @@ def build_model(
     """
     config = read_config(path, causal=causal)
     with torch.device("meta"):
-        model = EmbeddingModel(config, lora, recompute)
+        model = EmbeddingModel(config, lora, recompute, pooling)
     give_dtypes(model.backbone, dtype)
     chosen, why = settle_strategy(strategy, model, world)
     if world.world_size > 1 or chosen != "none":

@@ -71,7 +71,8 @@ def flops_of(
 ) -> tuple[float, float, float]:
     """Return the products of a forward pass, of a backward pass and of what the policy computes again.
 
-    tokens, texts: how many; of the last layer, all but keys and values is computed for a text's last token alone.
+    tokens, texts: how many; of the last layer, all but keys and values is computed for a text's last token alone (by
+    a mean over tokens, as of any other).
     seen: keys that a token attends to, itself included, in a layer without window, and those of a last token.
     """
     c, lora = sizes.config, sizes.lora
@@ -79,12 +80,14 @@ def flops_of(
     frozen, adapters = sizes.block, sizes.adapters // c.n_layers
     late_frozen = frozen - 2 * c.dim * kv  # of a layer: what last tokens alone pass in the last one
     late_adapters = adapters - sum(name in lora.targets for name in ("wk", "wv")) * lora.rank * (c.dim + kv)
-    whole, late = (c.n_layers - 1) * tokens, texts  # rows of these parts, all layers together
+    is_last = sizes.pooling == "last"
+    n_whole, narrow = c.n_layers - is_last, is_last * tokens
+    whole, late = n_whole * tokens, is_last * texts  # rows of these parts, all layers together
     scores = late * _keys(seen[1], c.window_of(c.n_layers - 1)) * q
-    for layer in range(c.n_layers - 1):
+    for layer in range(n_whole):
         scores += tokens * _keys(seen[0] if c.causal else 2 * seen[0] - 1, c.window_of(layer)) * q
-    n_frozen = whole * frozen + tokens * (frozen - late_frozen) + late * late_frozen
-    n_adapters = whole * adapters + tokens * (adapters - late_adapters) + late * late_adapters
+    n_frozen = whole * frozen + narrow * (frozen - late_frozen) + late * late_frozen
+    n_adapters = whole * adapters + narrow * (adapters - late_adapters) + late * late_adapters
     forward = 2 * (n_frozen + n_adapters) + 4 * scores
     backward = 2 * n_frozen + 4 * n_adapters + 10 * scores
     adapted = sum(name in lora.targets for name in ("w_gate", "w_up", "w_down"))

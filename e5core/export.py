@@ -148,6 +148,10 @@ def _read(model: str, base: str | None) -> Trained:
         raise ValueError(
             f"{folder}: trained with backbone.causal = false, which the other libraries have no word for; use e5core"
         )
+    if card.pooling != "last":
+        raise ValueError(
+            f"{folder}: trained with backbone.pooling = {card.pooling!r}, and exports pool the last token; use e5core"
+        )
     return Trained(folder=folder, card=card, lora=lora_of(card), adapter=adapter, base=check_base(folder, card))
 
 

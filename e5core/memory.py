@@ -1,7 +1,8 @@
 """What a rank holds at the fullest moment of a step, by arithmetic: no weights are loaded.
 
 That moment is in the backward pass, when it reaches the feed-forward of the last block but one and no activation before
-it is free yet; the last block, which has little but keys and values of all tokens, is done and free by then.
+it is free yet; the last block, which has little but keys and values of all tokens, is done and free by then. (Pooled
+by a mean, the last block is as full as the others, and that moment is at its feed-forward.)
 Kept till then, a token and block (e bytes an element; w = max(4, e); adapters on all linears, R wide; compiled ops):
 
     attention      x, its rms (w), h = norm(x), q, k turned, v, out, log-sum-exp (H w), z of wq wk wv wo
@@ -21,6 +22,7 @@ import torch
 
 from e5core.backbone import Backbone, BackboneConfig
 from e5core.cards import MIB
+from e5core.encoder import Pooling
 from e5core.lora import LoraConfig, adapters, apply_lora
 from e5core.recompute import Policy
 from e5kernels import attention, dropout, infonce, rms_norm, swiglu
@@ -36,6 +38,7 @@ class Sizes(NamedTuple):
     root: int  # in the token embeddings
     adapters: int  # trainable
     biases: int
+    pooling: Pooling = "last"
 
 
 class Setting(NamedTuple):
@@ -68,7 +71,7 @@ class Load(NamedTuple):
     candidates: int  # of all ranks
 
 
-def sizes_of(config: BackboneConfig, lora: LoraConfig) -> Sizes:
+def sizes_of(config: BackboneConfig, lora: LoraConfig, pooling: Pooling = "last") -> Sizes:
     """Count a model's numbers on the model itself, without memory for them."""
     with torch.device("meta"):
         backbone = Backbone(config)
@@ -78,9 +81,8 @@ def sizes_of(config: BackboneConfig, lora: LoraConfig) -> Sizes:
     biases = sum(n for name, n in own.items() if name.endswith(".bias"))
     root = own["tok_embeddings.weight"]
     trainable = sum(linear.lora_a.numel() + linear.lora_b.numel() for _, linear in adapters(backbone))
-    return Sizes(
-        config, lora, (sum(own.values()) - norms - biases - root) // config.n_layers, norms, root, trainable, biases
-    )
+    block = (sum(own.values()) - norms - biases - root) // config.n_layers
+    return Sizes(config, lora, block, norms, root, trainable, biases, pooling)
 
 
 def ledger(
@@ -146,7 +148,7 @@ class _Tokens:
     """Bytes that tokens take in the model's graph."""
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> None:
-        self.c, self.lora = sizes.config, sizes.lora
+        self.c, self.lora, self.pooling = sizes.config, sizes.lora, sizes.pooling
         self.e, self.wide = dtype.itemsize, max(4, dtype.itemsize)
         self.plain = {op: op.face(device) == "reference" for op in (attention, dropout, rms_norm, swiglu)}
         self.q, self.kv = self.c.n_heads * self.c.head_dim, self.c.n_kv_heads * self.c.head_dim
@@ -155,7 +157,7 @@ class _Tokens:
         """Return what n_tokens keep until their backward pass begins."""
         c, x = self.c, self.c.dim * self.e
         first = self._norm(c.dim)  # the first block's attention_norm has no gradient
-        n_layers = max(1, c.n_layers - 1)  # the last block's is free
+        n_layers = c.n_layers if self.pooling != "last" else max(1, c.n_layers - 1)  # the last block's is free
         halves = {
             "none": n_layers * (self.attention() + self.feed()) - first,
             "mlp": n_layers * (self.attention() + x) - first,

@@ -46,7 +46,7 @@ def plan(
         card = card_of(torch.device("cpu") if gpu == "cpu" else alone().device)
     # a GPU that is not here takes what "auto" means on it
     dtype, _ = choose_dtype(config.backbone.dtype, torch.device(card.kind))
-    sizes = sizes_of(read_config(path, causal=config.backbone.causal), config.lora)
+    sizes = sizes_of(read_config(path, causal=config.backbone.causal), config.lora, config.backbone.pooling)
     work = _workload(config, path, n_steps, assume_lengths)
     return make_plan(sizes, work, config.batch, strategy, ranks, card, dtype)
 

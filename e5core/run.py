@@ -219,7 +219,8 @@ def settle_batch(
     Of a resumed run [batch] stays as it began; the strategy is chosen anew for the ranks that there are.
     Returns the config, its [batch] without "auto" and the same on all ranks, and the plan, whose strategy is settled.
     """
-    sizes = sizes_of(read_config(model_path, causal=config.backbone.causal), config.lora)
+    shape = read_config(model_path, causal=config.backbone.causal)
+    sizes = sizes_of(shape, config.lora, config.backbone.pooling)
     tokenizer = Tokenizer.load(model_path, config.tokenizer)
     work = counted(mixture, tokenizer, config.batch, total_steps(config, mixture))
     card, ranks = card_of(world.device), Ranks(world.world_size, world.local_size)

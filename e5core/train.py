@@ -82,11 +82,11 @@ def _run(
 ) -> dict[str, dict[str, float]]:
     """Do what `train` does, from the weights on."""
     device, dtype = world.device, planned.dtype
-    lora, causal, seed = config.lora, config.backbone.causal, config.train.seed
     held = {"recompute": config.batch.recompute, "strategy": planned.chosen.setting.strategy, "world": world}
-    model = build_model(model_path, dtype, device, causal=causal, lora=lora, seed=seed, **held)
-    if lora.init is not None:
-        read_adapter(adapter_folder(Path(lora.init)), model.backbone, model.put)
+    form = {"causal": config.backbone.causal, "pooling": config.backbone.pooling}
+    model = build_model(model_path, dtype, device, lora=config.lora, seed=config.train.seed, **form, **held)
+    if config.lora.init is not None:
+        read_adapter(adapter_folder(Path(config.lora.init)), model.backbone, model.put)
     encoder = Encoder(model, Tokenizer.load(model_path, config.tokenizer), device, config.eval.max_tokens, world)
     resume_step = share(make_folder(run, config) if world.is_main else None, world)[0]
     if world.is_main:
@@ -318,6 +318,7 @@ def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card
         base_path=config.backbone.path if config.backbone.path.startswith("package:") else str(model_path.resolve()),
         base_sha256=share(fingerprint(model_path) if encoder.world.is_main else None, encoder.world)[0],
         causal=config.backbone.causal,
+        pooling=config.backbone.pooling,
         dtype=config.backbone.dtype,
         max_tokens=config.eval.max_tokens,
         lora={key: value for key, value in asdict(config.lora).items() if key != "init"},

@@ -67,6 +67,7 @@ def verify_gradient(config: Config, world: World) -> Comparison:
         dtype,
         world.device,
         causal=config.backbone.causal,
+        pooling=config.backbone.pooling,
         lora=config.lora,
         seed=seed,
         recompute=settings.recompute,

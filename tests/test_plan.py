@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from e5core.batches import BatchConfig, pack
 from e5core.cards import CARDS
 from e5core.config import load_config
-from e5core.encoder import EmbeddingModel, build_model
+from e5core.encoder import EmbeddingModel, Pooling, build_model
 from e5core.estimate import estimate, flops_of, make_plan, traffic_of
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
@@ -103,21 +103,28 @@ class Products(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def built(folder: Path, policy: Policy, dropout: float, dtype: torch.dtype = torch.float32) -> EmbeddingModel:
+def built(
+    folder: Path, policy: Policy, dropout: float, dtype: torch.dtype = torch.float32, pooling: Pooling = "last"
+) -> EmbeddingModel:
     lora = LoraConfig(rank=4, dropout=dropout)
-    return build_model(folder, dtype, CPU, causal=True, lora=lora, seed=0, recompute=policy)
+    return build_model(folder, dtype, CPU, causal=True, lora=lora, seed=0, pooling=pooling, recompute=policy)
 
 
 def predicted_over_counted(
-    folder: Path, policy: Policy, budget: int, dropout: float, dtype: torch.dtype = torch.float32
+    folder: Path,
+    policy: Policy,
+    budget: int,
+    dropout: float,
+    dtype: torch.dtype = torch.float32,
+    pooling: Pooling = "last",
 ) -> float:
     """Hold the ledger, less what was there before the step, against the allocations of a step."""
-    model, batch = built(folder, policy, dropout, dtype), batch_of(folder, n=16)
+    model, batch = built(folder, policy, dropout, dtype, pooling), batch_of(folder, n=16)
     counted = allocated_peak(lambda: backward_step(model, batch, LossConfig(), budget, (0, 0)))
     pieces = sorted((len(piece.tokens) for piece in pack(batch.sequences, budget, CPU)), reverse=True)
     load = Load(pieces[0], (*pieces, 0)[1], batch.n_tokens, len(batch.sequences), 16, 32)
     lines = ledger(
-        sizes_of(model.backbone.config, LoraConfig(rank=4, dropout=dropout)),
+        sizes_of(model.backbone.config, LoraConfig(rank=4, dropout=dropout), pooling),
         Setting("none", budget, policy), Ranks(1), load, dtype, CPU,
     )  # fmt: skip
     before = ("frozen weights", "adapters (fp32)", "AdamW's moments")
@@ -133,6 +140,12 @@ def predicted_over_counted(
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_step_s_peak_is_predicted_to_5_percent(policy: Policy, budget: int, dropout: float, folder: Path) -> None:
     assert predicted_over_counted(folder, policy, budget, dropout) == pytest.approx(1, abs=0.05)
+
+
+@BUILT
+@pytest.mark.parametrize("policy", ["none", "block"])
+def test_so_it_is_where_the_mean_is_pooled(policy: Policy, folder: Path) -> None:
+    assert predicted_over_counted(folder, policy, 250, 0.1, pooling="mean") == pytest.approx(1, abs=0.05)
 
 
 @BUILT
@@ -155,14 +168,16 @@ def test_so_it_is_where_no_op_is_compiled(
 
 
 @BUILT
-@each_policy
-@pytest.mark.parametrize("budget", [1000, WHOLE])
-def test_a_step_s_products_are_counted_exactly(policy: Policy, budget: int, folder: Path) -> None:
-    model, batch = built(folder, policy, 0.0), batch_of(folder, n=16)
+@pytest.mark.parametrize(
+    ("policy", "budget", "pooling"),
+    [(policy, budget, "last") for policy in get_args(Policy) for budget in (1000, WHOLE)] + [("block", 1000, "mean")],
+)
+def test_a_step_s_products_are_counted_exactly(policy: Policy, budget: int, pooling: Pooling, folder: Path) -> None:
+    model, batch = built(folder, policy, 0.0, pooling=pooling), batch_of(folder, n=16)
     with Products() as counter:
         backward_step(model, batch, LossConfig(), budget, (0, 0))
     fullest = max(pack(batch.sequences, budget, CPU), key=lambda piece: len(piece.tokens))
-    sizes = sizes_of(model.backbone.config, LoraConfig(rank=4))
+    sizes = sizes_of(model.backbone.config, LoraConfig(rank=4), pooling)
     unseen = (0.0, 0.0)  # attention's scores are no mm
     forward, backward, again = flops_of(sizes, batch.n_tokens, len(batch.sequences), unseen, policy)
     once, *_ = flops_of(sizes, len(fullest.tokens), len(fullest.rows), unseen, policy)

@@ -5,21 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from faces import BUILT, DTYPES, assert_faces_agree, assert_threads_do_not_matter, bounds, with_gradients
+from faces import BUILT, DTYPES, assert_faces_agree, assert_threads_do_not_matter, bounds, qkv, with_gradients
 from tolerances import assert_fp32, assert_fp64
 from torch import Tensor
 
 from e5kernels.attention import varlen_attention, varlen_attention_reference
 
 FACES = [varlen_attention_reference, pytest.param(varlen_attention, marks=BUILT)]
-
-
-def qkv(
-    n_tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v as views of one packed projection, as a model makes them."""
-    packed = torch.randn(n_tokens, heads + 2 * kv_heads, head_dim, dtype=torch.float64).to(dtype)
-    return packed.split([heads, kv_heads, kv_heads], dim=1)
 
 
 def definition(

@@ -64,7 +64,7 @@ def test_the_face_is_the_library_s_where_there_is_one() -> None:
     for room in ROOMS:
         assert room.face(torch.device("cpu")) == ("c++" if built else "reference")
         assert room.face(torch.device("mps")) == "reference"
-        on_cuda = "triton" if sys.platform == "linux" and room is not attention else "reference"
+        on_cuda = "triton" if sys.platform == "linux" else "reference"
         assert room.face(torch.device("cuda", 0)) == on_cuda
 
 
@@ -73,19 +73,22 @@ def test_triton_s_face_where_it_is_chosen_computes_what_the_reference_does(monke
         pytest.skip("Triton is published for Linux only")
     x, table = torch.randn(5, 4, 6, device=DEVICE), torch.rand(5, 1, 3, device=DEVICE)
     keys, weight = torch.arange(5, device=DEVICE), torch.randn(6, device=DEVICE)
+    packed, settings = (x, x[:, :2], x[:, 2:], torch.tensor([0, 1, 5]).int().to(DEVICE)), {"scale": 0.4, "window": 2}
     calls = [
+        (attention, attention.varlen_attention, attention.varlen_attention_reference, packed, settings),
         (rms_norm, rms_norm.rms_norm, rms_norm.rms_norm_reference, (x, weight.requires_grad_(), 1e-5)),
         (rope, rope.rope, rope.rope_reference, (x, table.cos(), table.sin())),
         (swiglu, swiglu.swiglu, swiglu.swiglu_reference, (x, x.flip(0))),
         (swiglu, swiglu.geglu, swiglu.geglu_reference, (x, x.flip(0))),
         (dropout, dropout.keyed_dropout, dropout.keyed_dropout_reference, (x.flatten(1), keys, 2**64 - 5, 77)),
     ]
-    for room, op, reference, arguments in calls:
-        expected = reference(*arguments)
+    for room, op, reference, arguments, *keywords in calls:
+        named = dict(*keywords)
+        expected = reference(*arguments, **named)
         with monkeypatch.context() as patch:
             patch.setattr(room, "face", lambda device: "triton")
             patch.setattr(room, reference.__name__, None)
-            torch.testing.assert_close(op(*arguments), expected)
+            torch.testing.assert_close(op(*arguments, **named), expected)
     for dtype in (torch.float16, torch.float64):
         assert not native.takes(torch.empty(0, dtype=dtype, device="meta")), "off the CPU there are fp32 and bf16 alone"
 

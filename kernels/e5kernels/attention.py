@@ -5,17 +5,23 @@ window W it sees the last W of them, itself among them (Hugging Face's `sliding_
 without `causal` it sees both directions. Keys may have bounds of their own: a sequence's queries are then its last
 tokens. Grouped queries: H query heads share K key heads, H a multiple of K.
 
-q: (Tq, H, head_dim).  k, v: (Tk, K, head_dim).  Any float dtype; scores and sums in max(fp32, dtype) in the C++ face.
+q: (Tq, H, head_dim).  k, v: (Tk, K, head_dim).  Any float dtype; scores and sums in max(fp32, dtype) but in the
+reference, which float16 takes on every device.
 FLOPs, for P pairs of query and key that see each other: forward 4 P H head_dim, backward 10 P H head_dim.
 Bytes, of e each element: forward 2 (Tq H + Tk K) head_dim e, backward twice that; no score is ever in memory.
 Source: online softmax of arXiv 2205.14135.
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from e5kernels import native
+
+if sys.platform == "linux":  # Triton is published for no other
+    from e5kernels.attention_triton import varlen_attention_triton
 
 
 def varlen_attention_reference(
@@ -58,8 +64,8 @@ def _seen(n_queries: int, n_keys: int, window: int | None, causal: bool, device:
 
 
 def face(device: torch.device) -> str:
-    """Name the face that `varlen_attention` uses on a device: "c++" or "reference"."""
-    return native.face(device)
+    """Name the face of `varlen_attention` on a device: "triton" on CUDA under Linux, else as `native.face`."""
+    return "triton" if device.type == "cuda" and sys.platform == "linux" else native.face(device)
 
 
 def varlen_attention(
@@ -81,10 +87,10 @@ def varlen_attention(
     Returns (Tq, H, head_dim), q's dtype.  Raises ValueError on shapes that do not fit.
     """
     _check(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, window)
-    if face(q.device) == "reference" or not native.takes(q):
-        return varlen_attention_reference(
-            q, k, v, cu_seqlens, scale=scale, window=window, causal=causal, cu_seqlens_k=cu_seqlens_k
-        )
+    chosen = face(q.device) if native.takes(q) else "reference"
+    if chosen != "c++":
+        function = varlen_attention_triton if chosen == "triton" else varlen_attention_reference
+        return function(q, k, v, cu_seqlens, scale=scale, window=window, causal=causal, cu_seqlens_k=cu_seqlens_k)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bounds = cu_seqlens.contiguous()
     bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.contiguous()

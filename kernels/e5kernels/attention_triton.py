@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 EVERYTHING = 1 << 30  # the window of those that have none
 CHUNK = 128  # slots that a program of the table writes at a time
-DELTA_ROWS = 32  # of a program of the delta kernel: 16 loads of 16 bytes a thread at 128 channels in bf16
+DELTA_ROWS = 32  # of a program of the delta kernel: 8 loads of 16 bytes a thread at 128 channels in bf16
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # read as triton.jit reads it
 
 

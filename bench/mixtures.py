@@ -1,0 +1,234 @@
+"""The paper's question in small: which data, in which batches?  `python -m bench.mixtures --data DIR --work DIR`.
+
+Every cell is a run of e5core.train on the quickstart's model, with its settings and as many records (25 steps of 16),
+scored once by e5core.evaluate on dev sets cut small enough for a CPU. Cells differ in what the records are:
+
+    synthetic    the quickstart's LLM-written records, in its ratios
+    labelled     equal parts of SNLI, FEVER, SQuAD sentences and MedQuAD; only SNLI's rows have hard negatives
+    mixed        half of either
+
+A cell that has a line in WORK/results.jsonl is not run again, so a stopped bench goes on.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.roofline import record
+
+QUICKSTART = Path("configs/quickstart.toml")
+SYNTHETIC = {
+    "en_sts": 1.0,
+    "en_short_short": 1.0,
+    "en_long_short": 0.25,
+    "en_short_long_a": 0.3,
+    "en_short_long_b": 0.3,
+}
+LABELLED = {  # instruction by set: that of arXiv 2401.00368, table 13, or one made after it
+    "snli-dev": "Given a premise, retrieve a hypothesis that is entailed by the premise",
+    "fever-dev": "Given a claim, retrieve documents that support or refute the claim",
+    "squad-sentences": "Given a question, retrieve Wikipedia passages that answer the question",
+    "medquad": "Given a medical question, retrieve passages that answer the question",
+}
+MINED = ("fever-dev", "squad-sentences", "medquad")  # those without hard negatives
+ROWS = 300  # of each labelled set, drawn once: a third of them is a run
+STEPS, BATCH = 25, 16
+MAX_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One mixture.  synthetic: its part of the records, the rest being labelled."""
+
+    synthetic: float
+    composition: str = "mixed"
+    in_batch: bool = True  # of the labelled sets
+    mined: bool = False  # labelled rows with a hard negative each
+    instructed: bool = True  # in training and in the scoring
+
+
+CELLS = {
+    "synthetic": Cell(synthetic=1.0),
+    "labelled": Cell(synthetic=0.0),
+    "mixed": Cell(synthetic=0.5),
+    "mixed, homogeneous batches": Cell(synthetic=0.5, composition="homogeneous"),
+    "mixed by rows, 7% synthetic": Cell(synthetic=0.07),
+    "mixed, 80% synthetic": Cell(synthetic=0.8),
+    "labelled, mined negatives": Cell(synthetic=0.0, mined=True),
+    "mixed, mined negatives": Cell(synthetic=0.5, mined=True),
+    "mixed, homogeneous, mined negatives": Cell(synthetic=0.5, composition="homogeneous", mined=True),
+    "labelled, homogeneous batches": Cell(synthetic=0.0, composition="homogeneous"),
+    "synthetic, no instructions": Cell(synthetic=1.0, instructed=False),
+    "labelled, no instructions": Cell(synthetic=0.0, instructed=False),
+}
+
+
+def main() -> None:
+    """Run the cells that have no result yet."""
+    arguments = _parser().parse_args()
+    work: Path = arguments.work
+    if not (work / "dev").is_dir():
+        cut_dev_sets(arguments.data, work / "dev.new")
+        (work / "dev.new").rename(work / "dev")
+    if not (work / "labelled").is_dir():
+        draw_labelled(arguments.data / "train", work / "labelled.new")
+        (work / "labelled.new").rename(work / "labelled")
+    for seed in arguments.seeds:
+        for name in arguments.cells:
+            run_cell(name, seed, work)
+
+
+def run_cell(name: str, seed: int, work: Path) -> None:
+    """Train and score one cell, and record it; nothing where its line is there."""
+    results = work / "results.jsonl"
+    lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
+    if any((line["cell"], line["seed"]) == (name, seed) for line in map(json.loads, lines)):
+        return
+    cell, run = CELLS[name], work / "runs" / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    if cell.mined and not (work / "mined").is_dir():
+        mine(work)
+    config = run.with_suffix(".toml")
+    run.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(config_text(cell, work), encoding="utf-8")
+    if not (run / f"step_{STEPS}").is_dir():
+        run_module("e5core.train", str(config), f"train.run={run}", f"train.seed={seed}", "train.overwrite=true")
+    scores = evaluate(str(run), cell, work, run / "dev.json")
+    row = {"bench": "mixtures", "cell": name, "seed": seed, "steps": STEPS, "batch": BATCH, "scores": scores}
+    record(row, torch.device("cpu"), results)
+
+
+def config_text(cell: Cell, work: Path) -> str:
+    """Write the quickstart's config with the cell's sources and batches."""
+    head, _, rest = QUICKSTART.read_text(encoding="utf-8").partition("[[data.sources]]")
+    tables = "[batch]" + rest.partition("[batch]")[2].partition("[[eval.report]]")[0]
+    head = head.replace("epochs = 1.0", f"steps = {STEPS}")
+    tables = tables.replace('composition = "mixed"', f'composition = "{cell.composition}"')
+    return head + "".join(map(_source_text, sources(cell, work))) + tables
+
+
+def sources(cell: Cell, work: Path) -> Iterator[dict[str, object]]:
+    """Yield the cell's [[data.sources]]: ratios that make the epoch the run's STEPS * BATCH records."""
+    for name, ratio in SYNTHETIC.items():
+        if cell.synthetic:
+            yield {"path": f"data/synthetic/{name}.jsonl", "ratio": ratio * cell.synthetic} | _tasks(cell, None)
+    for name, task in LABELLED.items():
+        if cell.synthetic < 1:
+            path = work / ("mined" if cell.mined and name in MINED else "labelled") / f"{name}.jsonl"
+            ratio = (1 - cell.synthetic) * STEPS * BATCH / len(LABELLED) / ROWS
+            yield {"path": str(path), "ratio": ratio, "in_batch": cell.in_batch} | _tasks(cell, task)
+
+
+def _tasks(cell: Cell, task: str | None) -> dict[str, object]:
+    if not cell.instructed:
+        return {"tasks": [""]}
+    return {} if task is None else {"tasks": [task]}
+
+
+def _source_text(source: dict[str, object]) -> str:
+    return "[[data.sources]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in source.items()) + "\n"
+
+
+def evaluate(model: str, cell: Cell, work: Path, out: Path) -> dict[str, float]:
+    """Score a model on the dev sets, with their instructions where the cell has any."""
+    dev = work / "dev"
+    sets = [
+        *("--retrieval", *(str(dev / name) for name in RETRIEVAL)),
+        *("--sts", str(dev / "stsb-cc-en" / "dev.jsonl")),
+        *("--classification", str(dev / "banking77")),
+    ]
+    names = [*RETRIEVAL, "stsb-cc-en-dev", "banking77"]
+    tasks = [] if cell.instructed else ["--task", *(f"{name}=" for name in names)]
+    run_module("e5core.evaluate", model, *sets, *tasks, "--max-tokens", str(MAX_TOKENS), "--out", str(out))
+    scores: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
+    return scores
+
+
+def mine(work: Path) -> None:
+    """Give each labelled row without one a hard negative of its own set, found by the run on synthetic records."""
+    model, new = work / "runs" / "synthetic-0", work / "mined.new"
+    new.mkdir(exist_ok=True)
+    for name in MINED:
+        rows = read_rows(work / "labelled" / f"{name}.jsonl")
+        corpus = new / f"{name}.corpus"
+        write_rows(corpus, [{"text": text} for text in sorted({row["pos"][0] for row in rows})])
+        files = ("--queries", str(work / "labelled" / f"{name}.jsonl"), "--out", str(new / f"{name}.jsonl"))
+        limits = ("--n", "1", "--relative-margin", "0.05", "--max-tokens", str(MAX_TOKENS))
+        run_module("e5core.mine", str(model), "--corpus", str(corpus), *files, *limits)
+    new.rename(work / "mined")
+
+
+RETRIEVAL = {"scifact-small": (50, 150), "nq-open-oracle-small": (80, 200), "xquad-en": (80, 150)}  # queries, documents
+N_PAIRS, N_INTENTS, PER_INTENT = 250, 20, 8
+
+
+def cut_dev_sets(data: Path, out: Path) -> None:
+    """Cut the dev sets small."""
+    for name, (n_queries, n_documents) in RETRIEVAL.items():
+        cut_retrieval(data / "retrieval" / name, out / name, n_queries, n_documents)
+    write_rows(out / "stsb-cc-en" / "dev.jsonl", read_rows(data / "sts" / "stsb-cc-en" / "dev.jsonl")[:N_PAIRS])
+    for split in ("train", "test"):
+        rows = read_rows(data / "classification" / "banking77" / f"{split}.jsonl")
+        intents = sorted({row["label"] for row in rows})[:N_INTENTS]
+        chosen = [row for label in intents for row in [row for row in rows if row["label"] == label][:PER_INTENT]]
+        write_rows(out / "banking77" / f"{split}.jsonl", chosen)
+
+
+def cut_retrieval(source: Path, target: Path, n_queries: int, n_documents: int) -> None:
+    """Cut a BEIR folder to its first queries, what answers them, and the first of the other documents."""
+    (target / "qrels").mkdir(parents=True, exist_ok=True)
+    header, *lines = (source / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()
+    queries = read_rows(source / "queries.jsonl")[:n_queries]
+    kept = {query["_id"] for query in queries}
+    lines = [line for line in lines if line.split("\t")[0] in kept]
+    answers = {line.split("\t")[1] for line in lines}
+    documents = sorted(read_rows(source / "corpus.jsonl"), key=lambda row: row["_id"] not in answers)[:n_documents]
+    (target / "qrels" / "test.tsv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    write_rows(target / "queries.jsonl", queries)
+    write_rows(target / "corpus.jsonl", documents)
+
+
+def draw_labelled(train: Path, out: Path) -> None:
+    """Draw ROWS rows of each labelled set."""
+    for name in LABELLED:
+        with gzip.open(train / name / "train.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        write_rows(out / f"{name}.jsonl", random.Random(0).sample(rows, ROWS))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: Sequence[object]) -> None:
+    """Write JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def run_module(module: str, *arguments: str) -> None:
+    """Run python -m MODULE ARGUMENTS."""
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.mixtures", description="Train on mixtures and compare.")
+    parser.add_argument(
+        "--data", metavar="DIR", type=Path, required=True, help="retrieval/, sts/, classification/, train/"
+    )
+    parser.add_argument("--work", metavar="DIR", type=Path, required=True, help="runs, cut sets and results.jsonl")
+    parser.add_argument("--cells", nargs="+", default=list(CELLS)[:4], choices=CELLS, help="(the first four)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf_files import SMOLLM2, smollm2
 from models import save_embedder
+from runs import CONFIG, SYNTHETIC
 from safetensors.torch import load_file, save_file
 from scoring import ROOT, on_terminal
-from test_train import CONFIG, SYNTHETIC
-from test_weights import SMOLLM2, smollm2
 
 from e5core.encode import CHUNK, GOLDEN_TEXTS, Encoder, ShownEncoder, main
 from e5core.metrics import PLAIN_EVERY_S, TextProgress

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from gguf_files import SMOLLM2, write_gguf
 from models import save_embedder, save_peer
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from runs import CONFIG, SYNTHETIC
 from safetensors.torch import load_file, save_file
-from test_train import CONFIG, SYNTHETIC
-from test_weights import SMOLLM2, write_gguf
 from tokenizer_texts import TEXTS
 from transformers import AutoModel, AutoModelForCausalLM
 

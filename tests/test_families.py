@@ -6,10 +6,11 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from gguf_files import write_gguf
 from models import GEMMA3, GLOBAL, LOCAL, SIZES, peer_model, randomised, save_peer
 from safetensors.torch import load_file, save_file
 from test_backbone import load, packed
-from test_weights import edit_config, write_gguf
+from test_weights import edit_config
 from transformers import (
     AutoConfig,
     Gemma3Config,

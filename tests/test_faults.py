@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from fault_ranks import ended, started, wait_until
-from models import moments, save_embedder
-from safetensors.torch import load_file
-from test_train import CONFIG, ROOT, SYNTHETIC, _lines, batch_of
+from models import save_embedder
+from runs import CONFIG, ROOT, SYNTHETIC, batch_of, equal_bitwise, lines_of
 from torch import nn
 
 from e5core import checkpoint
@@ -55,9 +54,7 @@ def config_file(embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def same(one: Path, other: Path, step: int = STEPS) -> bool:
     """Whether two runs have the same adapter and moments to the bit, and the same metrics."""
-    folders = [checkpoint.step_folder(run, step) for run in (one, other)]
-    a, b = (load_file(folder / "adapter_model.safetensors") | moments(folder) for folder in folders)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) and _lines(one) == _lines(other)
+    return equal_bitwise(one, other, step) and lines_of(one) == lines_of(other)
 
 
 def n_lines(run: Path) -> int:
@@ -71,7 +68,7 @@ def undisturbed(config_file: Path) -> Path:
     run, log = config_file.parent / "undisturbed", config_file.parent / "undisturbed.log"
     with started(2, log, [str(config_file), f"train.run={run}"]) as ranks:
         assert ended(ranks, 120) == [0, 0], log.read_text()
-    assert _lines(run)[-1]["epoch"] == pytest.approx(STEPS * SIZE / N_RECORDS)
+    assert lines_of(run)[-1]["epoch"] == pytest.approx(STEPS * SIZE / N_RECORDS)
     return run
 
 

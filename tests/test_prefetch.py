@@ -15,7 +15,7 @@ import pytest
 import torch
 from models import save_embedder
 from ranks import forkserver
-from test_train import CONFIG, SYNTHETIC, _equal_bitwise, _lines, _train_until
+from runs import CONFIG, SYNTHETIC, equal_bitwise, lines_of, train_until
 
 from e5core.batches import BatchConfig
 from e5core.checkpoint import step_folder, steps_of
@@ -115,12 +115,12 @@ def test_a_run_with_workers_that_was_stopped_and_resumed_has_the_bytes_of_one_wi
     train(load_config(Config, file))
     overrides = ["data.workers=1", f"train.run={tmp_path / 'stopped'}"]
     with pytest.raises(KeyboardInterrupt):
-        _train_until(load_config(Config, file, overrides), 5)
+        train_until(load_config(Config, file, overrides), 5)
     assert not multiprocessing.active_children()
     assert main([str(file), *overrides, "train.resume=true"]) == 0
     run, stopped = tmp_path / "run", tmp_path / "stopped"
-    assert contents(run) == contents(stopped) and len(contents(run)) >= 4 and _lines(run) == _lines(stopped)
-    assert _equal_bitwise(run, stopped, 6)
+    assert contents(run) == contents(stopped) and len(contents(run)) >= 4 and lines_of(run) == lines_of(stopped)
+    assert equal_bitwise(run, stopped, 6)
 
 
 def trainer(log: str, arguments: list[str]) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,46 +15,20 @@ import numpy as np
 import pytest
 import torch
 from models import moments, save_embedder
+from runs import CONFIG, ROOT, SYNTHETIC, batch_of, equal_bitwise, lines_of, train_until, weights_of
 from safetensors.torch import load_file, save_file
 from test_backbone import relative
 
 from e5core import checkpoint
-from e5core.batches import BatchConfig, GlobalBatch, MicroBatch, build_batch
+from e5core.batches import GlobalBatch, MicroBatch
 from e5core.config import load_config
 from e5core.encode import Encoder
 from e5core.encoder import build_model
 from e5core.lora import LoraConfig, adapters
 from e5core.loss import LossConfig, infonce_loss
 from e5core.optim import AdamW, OptimConfig
-from e5core.records import read_records
 from e5core.step import backward_step
-from e5core.tokenizer import Tokenizer
 from e5core.train import Config, main, train
-
-ROOT = Path(__file__).parent.parent
-SYNTHETIC = ROOT / "data" / "synthetic"
-CONFIG = """
-[train]
-run = "{run}"
-steps = 6
-save_every = 2
-[backbone]
-path = "{model}"
-dtype = "float32"
-[lora]
-rank = 4
-dropout = 0.1
-[[data.sources]]
-path = "{data}"
-[batch]
-size = 8
-max_tokens = 48
-micro_batch_tokens = 400
-instruct_documents = ["sts"]
-[optim]
-lr = 1e-3
-warmup_steps = 2
-"""
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +41,6 @@ def config_file(embedder: Path, tmp_path: Path) -> Path:
     file = tmp_path / "config.toml"
     file.write_text(CONFIG.format(run=tmp_path / "run", model=embedder, data=SYNTHETIC / "en_sts.jsonl"))
     return file
-
-
-def batch_of(embedder: Path, n: int = 24) -> GlobalBatch:
-    records, _ = read_records([SYNTHETIC / "en_short_long_a.jsonl"])
-    config = BatchConfig(size=n, max_tokens=60, negatives=1)
-    return build_batch(records[:n], Tokenizer.load(embedder), config, seed=1, step=4)
 
 
 def gradients(embedder: Path, batch: GlobalBatch, budget: int, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
@@ -137,53 +104,17 @@ def _single(ids: list[int], row: int, cu_seqlens: torch.Tensor) -> MicroBatch:
     return MicroBatch(torch.tensor(ids), cu_seqlens, len(ids), torch.tensor([row]))
 
 
-def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    folder = checkpoint.step_folder(run, step)
-    return load_file(folder / "adapter_model.safetensors") | moments(folder)
-
-
-def _equal_bitwise(one: Path, other: Path, step: int) -> bool:
-    a, b = _weights(one, step), _weights(other, step)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def _lines(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "data_seconds", "tokens_per_s")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
-
-
 def test_a_resumed_run_equals_one_that_never_stopped_bitwise(config_file: Path, tmp_path: Path) -> None:
     config = load_config(Config, config_file)
     train(config)
     stopped = replace(config, train=replace(config.train, run=str(tmp_path / "stopped"), save_every=2))
     with pytest.raises(KeyboardInterrupt):
-        _train_until(stopped, 5)
+        train_until(stopped, 5)
     assert checkpoint.steps_of(tmp_path / "stopped") == [2, 4]
-    assert len(_lines(tmp_path / "stopped")) == 5
+    assert len(lines_of(tmp_path / "stopped")) == 5
     train(replace(stopped, train=replace(stopped.train, resume=True)))
-    assert _equal_bitwise(tmp_path / "run", tmp_path / "stopped", 6)
-    assert _lines(tmp_path / "run") == _lines(tmp_path / "stopped")
-
-
-def _train_until(config: Config, last: int, meanwhile: Callable[[int], None] = lambda step: None) -> None:
-    """Train in this process, call `meanwhile` after each step, and interrupt after the last, as Ctrl-C does."""
-    import e5core.metrics
-
-    class Interrupting(e5core.metrics.Progress):
-        def step(self, metrics: dict) -> None:
-            super().step(metrics)
-            meanwhile(metrics["step"])
-            if metrics["step"] == last:
-                raise KeyboardInterrupt
-
-    import e5core.train
-
-    original, e5core.train.Progress = e5core.train.Progress, Interrupting
-    try:
-        train(config)
-    finally:
-        e5core.train.Progress = original
+    assert equal_bitwise(tmp_path / "run", tmp_path / "stopped", 6)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "stopped")
 
 
 def test_a_run_that_follows_a_growing_store_resumes_bitwise_though_it_grew_meanwhile(
@@ -215,17 +146,17 @@ def test_a_run_that_follows_a_growing_store_resumes_bitwise_though_it_grew_meanw
         if step == 5:
             grow(never / "records", "00001.jsonl", 35, 50)
 
-    _train_until(runs["never"], -1, grow_never)
+    train_until(runs["never"], -1, grow_never)
     with pytest.raises(KeyboardInterrupt):
-        _train_until(runs["stopped"], 5, lambda step: grow_in_the_first_epoch(stopped / "records", step))
+        train_until(runs["stopped"], 5, lambda step: grow_in_the_first_epoch(stopped / "records", step))
     grow(stopped / "records", "00001.jsonl", 35, 50)
     capfd.readouterr()
     train(replace(runs["stopped"], train=replace(runs["stopped"].train, resume=True)))
     told = re.findall("epoch .* begins .*", capfd.readouterr().err)
     assert told == [f"epoch {e} begins with 15 new records from {n} files" for e, n in ((2, 2), (3, 1))]
-    assert _equal_bitwise(never / "run", stopped / "run", 9)
-    assert _lines(never / "run") == _lines(stopped / "run")
-    assert _lines(never / "run")[-1]["epoch"] == 2 + (72 - 55) / 50
+    assert equal_bitwise(never / "run", stopped / "run", 9)
+    assert lines_of(never / "run") == lines_of(stopped / "run")
+    assert lines_of(never / "run")[-1]["epoch"] == 2 + (72 - 55) / 50
     epochs = json.loads((stopped / "run" / "step_9" / "state.json").read_text())["epochs"]
     assert [len(shards) for shards in epochs] == [1, 2, 1]
     with (stopped / "records" / "00000.jsonl").open("r+") as file:
@@ -249,7 +180,7 @@ def test_the_run_folder_is_complete(config_file: Path, tmp_path: Path) -> None:
                  f'eval.sets=[{{kind="sts", path="{ROOT}/data/sts/stsb-cc-en/dev.jsonl"}}]',
                  f'eval.report=[{{kind="sts", path="{ROOT}/data/sts/stsb-cc-en/test.jsonl"}}]']) == 0  # fmt: skip
     run = tmp_path / "run"
-    lines = _lines(run)
+    lines = lines_of(run)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert 8 < lines[0]["negatives_per_query"] <= 15  # 8 positives and 8 hard negatives, less the target, less doubles
     assert load_config(Config, run / "config.toml").train.steps == 12
@@ -288,7 +219,7 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_previous_checkpoint_whole(con
     assert Encoder.load(str(run)).selfcheck() > 0.999999
     resumed = load_config(Config, config_file, ["train.resume=true", f"train.steps={newest + 2}", "train.steps=100000"])
     with pytest.raises(KeyboardInterrupt):
-        _train_until(replace(resumed, train=replace(resumed.train, save_every=1, keep=3)), newest + 2)
+        train_until(replace(resumed, train=replace(resumed.train, save_every=1, keep=3)), newest + 2)
     assert not any(run.glob(".partial_step_*")) or checkpoint.steps_of(run)[-1] >= newest + 1
 
 
@@ -312,7 +243,7 @@ def test_a_disk_that_refuses_loses_nothing_and_is_named(config_file: Path, tmp_p
     assert checkpoint.steps_of(tmp_path / "run") == [2]
     assert not any((tmp_path / "run").glob(".partial_step_*"))
     assert main([str(config_file), "train.steps=4", "train.resume=true"]) == 0
-    kept, again = moments(tmp_path / "kept"), _weights(tmp_path / "run", 4)
+    kept, again = moments(tmp_path / "kept"), weights_of(tmp_path / "run", 4)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
@@ -420,8 +351,8 @@ def test_a_batch_without_negatives_stops_after_its_first_step(
 
 def test_bf16_trains_and_its_masters_stay_fp32(config_file: Path, tmp_path: Path) -> None:
     assert main([str(config_file), "train.steps=3", "backbone.dtype='bfloat16'"]) == 0
-    assert {tensor.dtype for tensor in _weights(tmp_path / "run", 3).values()} == {torch.float32}
-    lines = _lines(tmp_path / "run")
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "run", 3).values()} == {torch.float32}
+    lines = lines_of(tmp_path / "run")
     assert all(0 < line["loss"] < 20 for line in lines)
     assert Encoder.load(str(tmp_path / "run")).selfcheck() > 0.999
 

@@ -7,6 +7,7 @@ from statistics import NormalDist, fmean, pstdev
 
 from e5core.batches import BatchConfig, build_batch
 from e5core.mixture import Mixture
+from e5core.records import Record
 from e5core.tokenizer import Tokenizer
 
 SAMPLE = 512  # examples that are tokenised to know the lengths of all
@@ -28,13 +29,24 @@ class Workload:
 
 def counted(mixture: Mixture, tokenizer: Tokenizer, batch: BatchConfig, n_steps: int) -> Workload:
     """Count tokens by tokenising a sample: the run's first examples, as its batches have them."""
-    n = min(SAMPLE, mixture.epoch_size)  # of an epoch that has begun: a plan must not begin one
-    sample = build_batch(mixture.batch(0, n), tokenizer, batch, seed=0, step=0)
+    records = _first_records(mixture, batch)
+    n = len(records)
+    sample = build_batch(records, tokenizer, batch, seed=0, step=0)
     lengths = list(map(len, sample.sequences))
     examples = lengths[:n]
     for owner, length in zip(sample.relations.owner.tolist(), lengths[n:], strict=True):
         examples[owner] += length
     return _workload(n_steps, batch, examples, lengths, f"{n} examples of the training records, tokenised")
+
+
+def _first_records(mixture: Mixture, batch: BatchConfig) -> list[Record]:
+    n = min(SAMPLE, mixture.epoch_size)
+    size = batch.size if batch.composition == "homogeneous" else n
+    records = mixture.batch(0, size)
+    for step in range(1, n // size):
+        if mixture.is_begun(step, size):  # a plan must not look into a folder that may grow until the step is due
+            records += mixture.batch(step, size)
+    return records
 
 
 def assumed(batch: BatchConfig, n_steps: int) -> Workload:

@@ -386,3 +386,15 @@ def test_another_base_model_is_refused_when_loading(config_file: Path, tmp_path:
     save_file(weights, model / "model.safetensors")
     with pytest.raises(ValueError, match="not the base model"):
         Encoder.load(str(tmp_path / "run"))
+
+
+def test_small_sources_train_in_homogeneous_batches(config_file: Path, tmp_path: Path) -> None:
+    lines = (SYNTHETIC / "en_sts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    sources = [tmp_path / "small.jsonl", tmp_path / "smaller.jsonl"]
+    for source, part in zip(sources, (lines[:20], lines[20:27]), strict=True):  # of whole batches of 8: 2 and none
+        source.write_text("".join(part), encoding="utf-8")
+    tables = "".join(f'[[data.sources]]\npath = "{source}"\n' for source in sources)
+    text = re.sub(r"\[\[data\.sources\]\]\npath = .*\n", lambda _: tables, config_file.read_text())
+    config_file.write_text(text.replace("[batch]\n", '[batch]\ncomposition = "homogeneous"\n'))
+    assert main([str(config_file)]) == 0
+    assert len(lines_of(tmp_path / "run")) == 6

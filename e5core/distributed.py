@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -117,6 +118,31 @@ def share(value: Any, world: World) -> list[Any]:
     padded[: len(text)] = text
     texts = _all_gather(padded, world).cpu().numpy()
     return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
+
+
+def tell(value: Any, world: World) -> Any:
+    """Tell all ranks a JSON value of rank 0; the others' is not looked at.  Returns it, on every rank."""
+    if world.world_size == 1:
+        return value
+    text = json.dumps(value).encode() if world.is_main else b""
+    length = torch.tensor([len(text)], device=world.device)
+    dist.broadcast(length, group=world.group, group_src=0)
+    told = torch.empty(int(length.item()), dtype=torch.uint8, device=world.device)
+    if world.is_main:
+        told.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(told, group=world.group, group_src=0)
+    return json.loads(told.cpu().numpy().tobytes())
+
+
+def patient(world: World) -> World:
+    """Return the same ranks for what one may wait long for: collectives by gloo, on the CPU, that may take 30 days.
+
+    Every rank must call it. The collectives of the job's own group give up after 10 (NCCL) or 30 minutes.
+    """
+    if world.world_size == 1:
+        return world
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return replace(world, device=torch.device("cpu"), group=group)
 
 
 def check_same(values: Mapping[str, Any], world: World) -> None:

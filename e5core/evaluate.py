@@ -9,7 +9,8 @@
     pair-classification  average precision of cosine (MTEB's cosine_ap); instruction on both sides
     reranking       MAP and MRR of each query's own candidates; instruction on queries
 
-The protocol is that of arXiv 2401.00368 section 4.2 and its published script; testsets.py reads the files.
+The protocol is that of arXiv 2401.00368 section 4.2 and its published script; testsets.py reads the files. With --mteb
+the package mteb loads and scores its own tasks (mteb_model.py).
 """
 
 import argparse
@@ -34,6 +35,8 @@ from sklearn.metrics import average_precision_score, v_measure_score
 from e5core.checkpoint import write_json
 from e5core.distributed import finish, log, log_error, start
 from e5core.encode import Encoder, ShownEncoder, describe_device
+from e5core.mteb_model import TaskFailure, find_tasks, identify, results_folder, run_tasks
+from e5core.mteb_tasks import read_table
 from e5core.records import nearest
 from e5core.testsets import METRICS, Classification, Clustering, EvalSet, Pairs, Reranking, Retrieval, Texts, read_sets
 
@@ -278,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, TaskFailure) as error:
         log_error(f"e5core.evaluate: {' '.join(str(error).splitlines())}")
         return 2
     finish()
@@ -289,8 +292,11 @@ def _run(arguments: argparse.Namespace) -> None:
     out: Path | None = arguments.out
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"no such folder for --out: {out.absolute().parent}")
-    sets = read_sets(_named_sets(arguments))
+    named, given = _named_sets(arguments)
+    sets = read_sets(named) if named or not arguments.mteb else []
+    folder = results_folder(arguments.model, arguments.mteb_folder) if arguments.mteb else Path()
     world = start()
+    tasks = find_tasks(arguments.mteb, given) if arguments.mteb and world.is_main else []
     chosen = {"max_tokens": arguments.max_tokens, "dtype": arguments.dtype, "base": arguments.base}
     encoder = Encoder.load(arguments.model, world=world, **chosen)
     log(describe_device(encoder.device))
@@ -298,15 +304,23 @@ def _run(arguments: argparse.Namespace) -> None:
     for eval_set, texts in sets:
         log(f"evaluating {eval_set.name}")
         scores |= score_set(ShownEncoder(encoder), eval_set, texts)
+    failures: dict[str, str] = {}
+    if arguments.mteb:
+        sizes = (encoder.model.backbone.config.dim, encoder.max_tokens)
+        identity = identify(arguments.model, *sizes, {"max_tokens": arguments.max_tokens, "dtype": arguments.dtype})
+        more, failures = run_tasks(tasks, ShownEncoder(encoder).encode, world, identity, folder, given)
+        scores |= more
     log(f"{encoder.n_truncated:,} texts were cut to {encoder.max_tokens} tokens")
     if world.is_main:
         show_table({"score": scores})
         if out is not None:
             write_json(out, scores)
+    if failures:
+        raise TaskFailure(f"no score for {', '.join(failures)} (why: above); the same line again runs these alone")
 
 
-def _named_sets(arguments: argparse.Namespace) -> list[EvalSet]:
-    """The sets of the command line with their --task, which must name one of them."""
+def _named_sets(arguments: argparse.Namespace) -> tuple[list[EvalSet], dict[str, str]]:
+    """The sets of the command line with their --task, which must name one of them; what it has for MTEB's tasks."""
     tasks: dict[str, str] = {}
     for given in arguments.task:
         name, sign, task = given.partition("=")
@@ -321,10 +335,11 @@ def _named_sets(arguments: argparse.Namespace) -> list[EvalSet]:
             max_queries = arguments.max_queries if kind == "retrieval" else None
             sets.append(EvalSet(kind=kind, path=path, task=tasks.get(name), max_queries=max_queries))
     names = [eval_set.name for eval_set in sets]
-    for name in tasks:
-        if name not in names:
-            raise ValueError(f"--task names the unknown set {name!r}; {nearest(name, names)}")
-    return sets
+    others = {name: task for name, task in tasks.items() if name not in names}
+    if others and not arguments.mteb:
+        name = next(iter(others))
+        raise ValueError(f"--task names the unknown set {name!r}; {nearest(name, names)}")
+    return sets, others
 
 
 def _positive(text: str) -> int:
@@ -349,7 +364,14 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{kind}", dest=kind, metavar=metavar, nargs="+", action="extend", default=[], help=text)
     parser.add_argument(
-        "--task", metavar="NAME=TEXT", nargs="+", action="extend", default=[], help="a set's instruction"
+        "--mteb", metavar="NAME", nargs="+", action="extend", default=[],
+        help=f"MTEB's tasks and benchmarks by name, or {', '.join(read_table().groups)}; downloads, needs mteb"
+    )  # fmt: skip
+    parser.add_argument(
+        "--mteb-folder", metavar="DIR", type=Path, help="MTEB's results; what is there is not run again (MODEL/mteb)"
+    )
+    parser.add_argument(
+        "--task", metavar="NAME=TEXT", nargs="+", action="extend", default=[], help="a set's or task's instruction"
     )
     parser.add_argument("--max-queries", metavar="N", type=_positive, help="take N queries of each retrieval set")
     parser.add_argument(

@@ -67,6 +67,21 @@ def check_base(folder: Path, card: Card) -> Path:
     return path
 
 
+def home_of(path: str) -> Path | None:
+    """Return the folder that results about a model belong to: its run's, else its own; None where it is no folder."""
+    own = Path(path)
+    runs = (folder for folder in (own, own.parent) if (folder / "config.toml").is_file())
+    return next(runs, own if own.is_dir() else None)
+
+
+def revision_of(path: str) -> str:
+    """Name the weights that `path` means, so that others have another name: step_140-7f3a0c5d9b21."""
+    folder = adapter_folder(Path(path))
+    if folder is None:
+        return fingerprint(resolve_model(path))[:12]
+    return f"{folder.name}-{fingerprint(folder / 'adapter_model.safetensors')[:12]}"
+
+
 def _others_card(folder: Path, base: str | None) -> Card:
     lora, named = read_lora(folder)
     try:

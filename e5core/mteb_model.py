@@ -195,7 +195,7 @@ def _score(task: Any, leader: Leader, identity: Identity, folder: Path, given: M
     # Of a task of tasks with one missing MTEB would keep a result without a score, and never run it again.
     parts = [*task.metadata.tasks, task] if task.is_aggregate else [task]
     own = {part.metadata.name: given[name] for part in parts} if name in given else {}
-    model = MtebModel(leader.encode, _meta(mteb, identity, own), own)
+    model = MtebModel(leader.encode, _meta(identity, own), own)
     results = mteb.ResultCache(folder)
     for part in parts:
         _drop_if_cut_off(results.get_task_result_path(part.metadata.name, model.mteb_model_meta))
@@ -231,18 +231,18 @@ def _means(of_kinds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {f"mean of {len(x)} {kind}/score": float(np.mean(x)) for kind, x in groups.items() if len(x) > 1}
 
 
-def _meta(mteb: ModuleType, identity: Identity, given: Mapping[str, str]) -> Any:
+def _meta(identity: Identity, given: Mapping[str, str]) -> Any:
     settings = dict(identity.settings)
     if given:
         text = "\n".join(dict.fromkeys(given.values()))
         settings["instruction"] = hashlib.sha256(text.encode()).hexdigest()[:12]
-    meta = import_module("mteb.models.model_meta")
-    return mteb.ModelMeta.create_empty({
+    metas = import_module("mteb.models.model_meta")
+    return metas.ModelMeta.create_empty({
         "name": identity.name,
         "revision": identity.revision,
         "embed_dim": identity.dim,
         "max_tokens": identity.max_tokens,
-        "similarity_fn_name": meta.ScoringFunction.COSINE,
+        "similarity_fn_name": metas.ScoringFunction.COSINE,
         "framework": ["PyTorch"],
         "use_instructions": True,
         "experiment_kwargs": settings or None,
@@ -256,8 +256,8 @@ def _named(mteb: ModuleType, name: str) -> list[Any]:
         try:
             return list(mteb.get_benchmark(name).tasks)
         except KeyError:
-            groups = ", ".join(read_table().groups)
-            raise ValueError(f"--mteb: {unknown.args[0]} Or name a benchmark of MTEB, or a group: {groups}") from None
+            said, groups = unknown.args[0].removeprefix("KeyError: "), ", ".join(read_table().groups)
+            raise ValueError(f"--mteb: {said} Or name a benchmark of MTEB, or a group: {groups}") from None
 
 
 def _mteb() -> ModuleType:

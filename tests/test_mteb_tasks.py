@@ -44,7 +44,10 @@ def test_instructions_are_the_papers_letter_by_letter() -> None:
     written = {
         ("Classification", "Banking77Classification"): "Given a online banking query, find the corresponding intents",
         ("Clustering", "RedditClustering"): "Identify the topic or theme of Reddit posts based on the titles",
-        ("Clustering", "RedditClusteringP2P"): "Identify the topic or theme of Reddit posts based on the titles and posts",
+        (
+            "Clustering",
+            "RedditClusteringP2P",
+        ): "Identify the topic or theme of Reddit posts based on the titles and posts",
         ("Retrieval", "ArguAna"): "Given a claim, find documents that refute the claim",
         ("STS", "STS17"): "Retrieve semantically similar text.",
         ("BitextMining", "Tatoeba"): "Retrieve parallel sentences.",

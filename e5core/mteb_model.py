@@ -180,7 +180,7 @@ def run_tasks(
         except TaskFailure as error:
             leader.check()
             failures[about.name] = str(error)
-            log(f"{about.name} failed: {error}")
+            log(f"failed: {error}")
             continue
         log(f"{about.name}: {about.main_score} {score:.2f}")
         scores[f"{about.name}/{about.main_score}"] = score
@@ -263,10 +263,10 @@ def _named(mteb: ModuleType, name: str) -> list[Any]:
 def _mteb() -> ModuleType:
     """Import MTEB.  Raises ValueError where it is missing, or speaks another protocol."""
     if find_spec("mteb") is None:
-        raise ValueError("--mteb needs the package mteb: pip install 'e5core[mteb]', or pip install 'mteb>=2.26,<3'")
+        raise ValueError("--mteb needs the package mteb: pip install 'e5core[mteb]'")
     found = version("mteb")
     if not found.startswith("2."):
-        raise ValueError(f"--mteb needs mteb 2: got {found}; pip install 'mteb>=2.26,<3'")
+        raise ValueError(f"--mteb needs mteb 2: got {found}; pip install 'e5core[mteb]'")
     return import_module("mteb")
 
 

@@ -17,10 +17,11 @@ from scoring import DATA, WordEncoder, set_of
 
 from e5core.distributed import ALONE, World
 from e5core.encode import Encoder
-from e5core.evaluate import evaluate
+from e5core.evaluate import evaluate, main
 from e5core.mteb_model import Identity, MtebModel, find_tasks, run_tasks
 from e5core.mteb_tasks import instruct, read_table
 from e5core.testsets import EvalSet, read_bitext, read_classification, read_retrieval, read_sts
+from e5core.weights import fingerprint
 
 mteb = pytest.importorskip("mteb", reason="pip install -e '.[mteb]' brings MTEB")
 datasets = pytest.importorskip("datasets")
@@ -176,6 +177,27 @@ def test_a_score_is_of_the_subsets_that_are_asked_for_whatever_else_is_stored(tm
     assert (score, mean) == (75.0, 50.0)
 
 
+def test_the_command_line_writes_where_the_model_lies_and_shows_each_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {"MockSTSTask": mocks.MockSTSTask, "Lost": Lost}
+    monkeypatch.setattr(mteb, "get_task", lambda name: known[name]())
+    model, out = save_embedder(tmp_path / "model"), tmp_path / "scores.json"
+    arguments = [str(model), "--dtype", "float32", "--sts", str(STS), "--out", str(out), "--mteb", "MockSTSTask"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    scores = json.loads(out.read_text())
+    assert list(scores) == ["stsb-cc-en/spearman", "MockSTSTask/cosine_spearman"]
+    assert shown == "".join(f"{name}  score {score:.2f}\n" for name, score in scores.items())
+    [path] = (model / "mteb" / "results").rglob("MockSTSTask.json")
+    assert path.parts[-5:-1] == ("e5core__model", fingerprint(model)[:12], "experiments", "dtype_float32")
+    assert main([str(model), "--mteb", "MockSTSTask", "Lost", "--task", "Lost=Find.", "--max-tokens", "9"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("MockSTSTask/cosine_spearman  score ")
+    assert "no score for Lost (why: above)" in captured.err and "instruction, yours: Find." in captured.err
+    assert "texts were cut to 9 tokens" in captured.err
+
+
 def local(kind: type, fill: Callable[[], object], **fields: object) -> object:
     """A task of MTEB of one of its mock kinds with data of ours."""
 
@@ -199,6 +221,33 @@ def xquad() -> dict:
     held = {"corpus": corpus, "queries": queries}
     held = {name: datasets.Dataset.from_dict(columns) for name, columns in held.items()}
     return {"default": {"test": held | {"relevant_docs": read.judgements, "top_ranked": None}}}
+
+
+def candidates() -> list[dict]:
+    """Questions of XQuAD, each with the paragraphs that are judged and some that are not."""
+    read, found = read_retrieval(DATA / "retrieval" / "xquad-en"), []
+    for row, (query, judged) in enumerate(read.judgements.items()):
+        others = [name for name in sorted(read.documents) if name not in judged][row % 7 :: 5][:20]
+        texts = ([read.documents[name] for name in names] for names in (judged, others))
+        found.append(dict(zip(("query", "positive", "negative"), (read.queries[query], *texts), strict=True)))
+    return found
+
+
+def reranked(lines: Sequence[dict]) -> dict:
+    held = {"corpus": {"id": [], "title": [], "text": []}, "queries": {"id": [], "text": []}}
+    ranked: dict[str, list[str]] = {}
+    judged: dict[str, dict[str, int]] = {}
+    for row, line in enumerate(lines):
+        held["queries"]["id"].append(f"q{row}")
+        held["queries"]["text"].append(line["query"])
+        own = {f"{side}{row}-{i}": x for side in ("positive", "negative") for i, x in enumerate(line[side])}
+        held["corpus"]["id"] += own
+        held["corpus"]["text"] += own.values()
+        held["corpus"]["title"] += [""] * len(own)
+        ranked[f"q{row}"] = list(own)
+        judged[f"q{row}"] = {name: int(name.startswith("positive")) for name in own}
+    made = {name: datasets.Dataset.from_dict(columns) for name, columns in held.items()}
+    return {"default": {"test": made | {"relevant_docs": judged, "top_ranked": ranked}}}
 
 
 def translations() -> tuple[list[str], list[str], list[int]]:
@@ -228,6 +277,10 @@ def both_scores(kind: str, tmp_path: Path) -> tuple[EvalSet, object, str, str]:
         fill = lambda: rows(sentence1=first, sentence2=second, labels=labels)  # noqa: E731
         task = local(mocks.MockPairClassificationTask, fill, main_score="cosine_ap")
         return set_of(kind, tmp_path / "pairs", lines), task, "cosine_ap", "ap"
+    if kind == "reranking":
+        lines = candidates()
+        task = local(mocks.MockRerankingTask, lambda: reranked(lines), main_score="map_at_1000")
+        return set_of(kind, tmp_path / "xquad", lines), task, "map_at_1000", "map"
     read = read_classification(DATA / "classification" / "banking77")
     texts, labels = read.test_texts, read.test_labels
     lines = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
@@ -236,7 +289,7 @@ def both_scores(kind: str, tmp_path: Path) -> tuple[EvalSet, object, str, str]:
     return set_of("clustering", tmp_path / "banking77", lines), task, "v_measure", "v_measure"
 
 
-@pytest.mark.parametrize("kind", ["sts", "bitext", "retrieval", "pair-classification", "clustering"])
+@pytest.mark.parametrize("kind", ["sts", "bitext", "retrieval", "pair-classification", "reranking", "clustering"])
 def test_our_own_scores_of_real_sets_are_mtebs(kind: str, tmp_path: Path) -> None:
     ours, task, metric, own = both_scores(kind, tmp_path)
     score = run([task], tmp_path)[0][f"Local/{metric}"]

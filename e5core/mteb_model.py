@@ -12,8 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +32,7 @@ BATCH_SIZE = 1024  # texts that MTEB's loader hands over at a time; how they are
 
 
 class TaskFailure(RuntimeError):
-    """A task of MTEB that came to no score."""
+    """Tasks of MTEB that came to no score."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +107,7 @@ class Leader:
         self._in_step = True
 
     def encode(self, texts: Sequence[str], task: str | None, normalize: bool) -> np.ndarray:
-        """Embed texts on all ranks, on rank 0.  Raises RuntimeError once an earlier call has failed."""
+        """Embed texts on all ranks, on rank 0.  Raises TaskFailure once an earlier call has failed."""
         self.check()
         self._in_step = False
         tell([list(texts), task, normalize], self._waiting)
@@ -117,9 +116,9 @@ class Leader:
         return vectors
 
     def check(self) -> None:
-        """Raise RuntimeError where an embedding failed, for the others may still be at it, and would mix up two."""
+        """Raise TaskFailure where an embedding failed, for the others may still be at it, and would mix up two."""
         if not self._in_step and self._waiting.world_size > 1:
-            raise RuntimeError("rank 0 failed while the ranks embedded together; its own error is above")
+            raise TaskFailure("rank 0 failed while the ranks embedded together; its own error is above")
 
     def follow(self) -> None:
         """Embed what rank 0 embeds, on the others, until it ends."""
@@ -162,7 +161,7 @@ def run_tasks(
     tasks, identity, folder, given: looked at on rank 0 alone.  encode: works on all ranks together.
     Returns {"TASK/METRIC": percentage} with the means at its end, and {task: why it failed}; both are empty on other
     ranks than 0. A task that fails does not hold up the next.
-    Raises RuntimeError where the ranks can no longer embed together.
+    Raises TaskFailure where the ranks can no longer embed together.
     """
     leader = Leader(encode, world)
     if not world.is_main:
@@ -262,11 +261,12 @@ def _named(mteb: ModuleType, name: str) -> list[Any]:
 
 def _mteb() -> ModuleType:
     """Import MTEB.  Raises ValueError where it is missing, or speaks another protocol."""
-    if find_spec("mteb") is None:
-        raise ValueError("--mteb needs the package mteb: pip install 'e5core[mteb]'")
-    found = version("mteb")
+    try:
+        found = version("mteb")
+    except PackageNotFoundError:
+        raise ValueError("--mteb needs the package mteb: pip install 'e5core[mteb]'") from None
     if not found.startswith("2."):
-        raise ValueError(f"--mteb needs mteb 2: got {found}; pip install 'e5core[mteb]'")
+        raise ValueError(f"--mteb needs mteb 2, got {found}: pip install 'e5core[mteb]'")
     return import_module("mteb")
 
 

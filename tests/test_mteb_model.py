@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from scoring import WordEncoder
 import e5core.mteb_model as room
 from e5core.distributed import ALONE, World
 from e5core.evaluate import main
-from e5core.mteb_model import Leader, MtebModel, identify, results_folder
+from e5core.mteb_model import Leader, MtebModel, TaskFailure, identify, results_folder
 from e5core.trained import revision_of
 
 
@@ -79,7 +80,7 @@ def embed_led(world: World) -> list:
         with pytest.raises(FloatingPointError):
             leader.encode(["bad"], None, True)
         for again in (leader.check, lambda: leader.encode(["good"], None, True)):
-            with pytest.raises(RuntimeError, match="rank 0 failed while the ranks embedded together"):
+            with pytest.raises(TaskFailure, match="rank 0 failed while the ranks embedded together"):
                 again()
         leader.end()
     else:
@@ -137,7 +138,12 @@ def test_what_mteb_needs_is_said_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "say where: --mteb-folder DIR" in refused(capsys, tmp_path / "m.gguf", "--mteb", "mteb-en")
-    monkeypatch.setattr(room, "find_spec", lambda name: None)
-    assert "--mteb needs the package mteb: pip install 'e5core[mteb]'" in refused(capsys, tmp_path, "--mteb", "mteb-en")
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    for version, said in ((missing, "the package mteb"), (lambda name: "1.39.7", "mteb 2, got 1.39.7")):
+        monkeypatch.setattr(room, "version", version)
+        assert f"--mteb needs {said}: pip install 'e5core[mteb]'" in refused(capsys, tmp_path, "--mteb", "mteb-en")
     unknown = refused(capsys, tmp_path, "--sts", tmp_path / "a.jsonl", "--task", "b=Sort.")
     assert "--task names the unknown set 'b'; known: a" in unknown

@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -260,11 +261,11 @@ def both_scores(kind: str, tmp_path: Path) -> tuple[EvalSet, object, str, str]:
     """One of our sets, the same as MTEB's task, its metric, ours."""
     if kind == "sts":
         read = read_sts(STS)
-        fill = lambda: rows(sentence1=read.first, sentence2=read.second, score=read.scores)  # noqa: E731
+        fill = partial(rows, sentence1=read.first, sentence2=read.second, score=read.scores)
         return EvalSet(kind="sts", path=str(STS)), local(mocks.MockSTSTask, fill), "cosine_spearman", "spearman"
     if kind == "bitext":
         read = read_bitext(BITEXT)
-        fill = lambda: rows(sentence1=read.first, sentence2=read.second)  # noqa: E731
+        fill = partial(rows, sentence1=read.first, sentence2=read.second)
         task = local(mocks.MockBitextMiningTask, fill, main_score="f1")
         return EvalSet(kind="bitext", path=str(BITEXT)), task, "f1", "f1"
     if kind == "retrieval":
@@ -274,17 +275,17 @@ def both_scores(kind: str, tmp_path: Path) -> tuple[EvalSet, object, str, str]:
     if kind == "pair-classification":
         first, second, labels = translations()
         lines = [{"sentence1": x, "sentence2": y, "label": z} for x, y, z in zip(first, second, labels, strict=True)]
-        fill = lambda: rows(sentence1=first, sentence2=second, labels=labels)  # noqa: E731
+        fill = partial(rows, sentence1=first, sentence2=second, labels=labels)
         task = local(mocks.MockPairClassificationTask, fill, main_score="cosine_ap")
         return set_of(kind, tmp_path / "pairs", lines), task, "cosine_ap", "ap"
     if kind == "reranking":
         lines = candidates()
-        task = local(mocks.MockRerankingTask, lambda: reranked(lines), main_score="map_at_1000")
+        task = local(mocks.MockRerankingTask, partial(reranked, lines), main_score="map_at_1000")
         return set_of(kind, tmp_path / "xquad", lines), task, "map_at_1000", "map"
     read = read_classification(DATA / "classification" / "banking77")
     texts, labels = read.test_texts, read.test_labels
     lines = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
-    fill = lambda: rows(sentences=[texts], labels=[labels])  # noqa: E731
+    fill = partial(rows, sentences=[texts], labels=[labels])
     task = local(clusterings.MockClusteringTask, fill)
     return set_of("clustering", tmp_path / "banking77", lines), task, "v_measure", "v_measure"
 

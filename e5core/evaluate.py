@@ -296,7 +296,7 @@ def _run(arguments: argparse.Namespace) -> None:
     sets = read_sets(named) if named or not arguments.mteb else []
     folder = results_folder(arguments.model, arguments.mteb_folder) if arguments.mteb else Path()
     world = start()
-    tasks = find_tasks(arguments.mteb, given) if arguments.mteb and world.is_main else []
+    tasks = find_tasks(arguments.mteb, given) if arguments.mteb and world.is_main else {}
     chosen = {"max_tokens": arguments.max_tokens, "dtype": arguments.dtype, "base": arguments.base}
     encoder = Encoder.load(arguments.model, world=world, **chosen)
     log(describe_device(encoder.device))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from e5core.distributed import World, log, patient, tell
-from e5core.mteb_tasks import expand, instruct, read_table
+from e5core.mteb_tasks import instruct, members, read_table
 from e5core.records import nearest
 from e5core.trained import home_of, revision_of
 
@@ -130,37 +130,40 @@ class Leader:
         tell(None, self._waiting)
 
 
-def find_tasks(asked: Sequence[str], given: Mapping[str, str]) -> list[Any]:
+def find_tasks(asked: Sequence[str], given: Mapping[str, str]) -> dict[str, list[Any]]:
     """Find MTEB's tasks by names of our groups, of its tasks and of its benchmarks.
 
     given: instructions by task.
-    Returns mteb.AbsTask objects, each once.  Raises ValueError where mteb is missing or of another version, on a name
-    that is none, on a task of pictures or sounds, and on an instruction for a task that is not among these.
+    Returns mteb.AbsTask objects by the name that asked for them.  Raises ValueError where mteb is missing or of another
+    version, on a name that is none, on a task of pictures or sounds, and on an instruction for a task that is none of
+    these.
     """
     mteb = _mteb()
-    found: dict[tuple[object, ...], Any] = {}
-    for name in expand(asked):
-        for task in _named(mteb, name):
-            about = task.metadata
-            if about.modalities != ["text"]:
-                raise ValueError(f"--mteb: {about.name} is not of texts alone, but of {', '.join(about.modalities)}")
-            instruct(about.name, about.type, about.prompt, given)
-            found[about.name, *task.hf_subsets, *task.eval_splits] = task
-    names = sorted({task.metadata.name for task in found.values()})
+    found = {name: [task for own in members(name) for task in _named(mteb, own)] for name in asked}
+    abouts = {task.metadata.name: task.metadata for tasks in found.values() for task in tasks}
+    for about in abouts.values():
+        if about.modalities != ["text"]:
+            raise ValueError(f"--mteb: {about.name} is not of texts alone, but of {', '.join(about.modalities)}")
+        instruct(about.name, about.type, about.prompt, given)
     for name in given:
-        if name not in names:
-            raise ValueError(f"--task names the unknown set {name!r}; {nearest(name, names)}")
-    return list(found.values())
+        if name not in abouts:
+            raise ValueError(f"--task names the unknown set {name!r}; {nearest(name, sorted(abouts))}")
+    return found
 
 
 def run_tasks(
-    tasks: Sequence[Any], encode: Encode, world: World, identity: Identity, folder: Path, given: Mapping[str, str]
+    groups: Mapping[str, Sequence[Any]],
+    encode: Encode,
+    world: World,
+    identity: Identity,
+    folder: Path,
+    given: Mapping[str, str],
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Score tasks, or take the scores that `folder` has of them.
+    """Score tasks (find_tasks), each once, or take the scores that `folder` has of them.
 
-    tasks, identity, folder, given: looked at on rank 0 alone.  encode: works on all ranks together.
-    Returns {"TASK/METRIC": percentage} with the means at its end, and {task: why it failed}; both are empty on other
-    ranks than 0. A task that fails does not hold up the next.
+    groups, identity, folder, given: looked at on rank 0 alone.  encode: works on all ranks together.
+    Returns {"TASK/METRIC": percentage}, each group's means at the end, and {task: why it failed}; both are empty on
+    other ranks than 0. A task that fails does not hold up the next.
     Raises TaskFailure where the ranks can no longer embed together.
     """
     leader = Leader(encode, world)
@@ -169,23 +172,42 @@ def run_tasks(
         return {}, {}
     scores: dict[str, float] = {}
     failures: dict[str, str] = {}
-    of_kinds: dict[str, list[float]] = {}
-    for task in tasks:
+    for place, task in {_place(task): task for tasks in groups.values() for task in tasks}.items():
         about = task.metadata
         told = instruct(about.name, about.type, about.prompt, given)
         log(f"evaluating {about.name}; instruction, {told.source}: {told.instruction or 'none'}")
         try:
-            score = 100.0 * _score(task, leader, identity, folder, given)
+            scores[place] = 100.0 * _score(task, leader, identity, folder, given)
+            log(f"{place} {scores[place]:.2f}")
         except TaskFailure as error:
             leader.check()
             failures[about.name] = str(error)
             log(f"failed: {error}")
-            continue
-        log(f"{about.name}: {about.main_score} {score:.2f}")
-        scores[f"{about.name}/{about.main_score}"] = score
-        of_kinds.setdefault(about.type, []).append(score)
     leader.end()
-    return scores | _means(of_kinds), failures
+    return scores | _means(groups, scores), failures
+
+
+def _place(task: Any) -> str:
+    """Name a score: "STS17 en-en/cosine_spearman"; subsets and splits where a benchmark takes some of the task's."""
+    about, taken = task.metadata, [task.metadata.name]
+    if not task.is_aggregate:
+        for own, every in ((task.hf_subsets, about.hf_subsets), (task.eval_splits, about.eval_splits)):
+            taken += [] if set(own) == set(every) else ["+".join(own)]
+    return f"{' '.join(taken)}/{about.main_score}"
+
+
+def _means(groups: Mapping[str, Sequence[Any]], scores: Mapping[str, float]) -> dict[str, float]:
+    """The means of each group over its kinds of tasks, as the paper's table 1 has them, and over all."""
+    means: dict[str, float] = {}
+    for name, tasks in groups.items():
+        of_kinds: dict[str, list[float]] = {}
+        for place, task in {_place(task): task for task in tasks}.items():
+            if place in scores:
+                of_kinds.setdefault(task.metadata.type, []).append(scores[place])
+        every = [score for own in of_kinds.values() for score in own]
+        listed = {**of_kinds, "tasks": every} if len(of_kinds) > 1 else of_kinds
+        means |= {f"{name}, {len(own)} {kind}/mean": float(np.mean(own)) for kind, own in listed.items() if own[1:]}
+    return means
 
 
 def _score(task: Any, leader: Leader, identity: Identity, folder: Path, given: Mapping[str, str]) -> float:
@@ -221,13 +243,6 @@ def _drop_if_cut_off(path: Path) -> None:
         except ValueError:
             log(f"{path} is cut off: deleted")
             path.unlink()
-
-
-def _means(of_kinds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The mean of each kind's tasks, and of all, where there are several: as MTEB counts, and the paper's table 1."""
-    every = [score for scores in of_kinds.values() for score in scores]
-    groups = {**of_kinds, "MTEB": every} if len(of_kinds) > 1 else of_kinds
-    return {f"mean of {len(x)} {kind}/score": float(np.mean(x)) for kind, x in groups.items() if len(x) > 1}
 
 
 def _meta(identity: Identity, given: Mapping[str, str]) -> Any:

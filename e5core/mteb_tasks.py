@@ -5,7 +5,7 @@ own, that of its kind (Retrieval, STS, ...). In retrieval and reranking it stand
 paper's own reranking tasks, and elsewhere before all texts. This room does not need MTEB (mteb_model.py does).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -42,10 +42,9 @@ def read_table() -> TaskTable:
     return load_config(TaskTable, Path(__file__).with_name("mteb_tasks.toml"))
 
 
-def expand(asked: Sequence[str]) -> list[str]:
-    """Replace names of groups by MTEB's names in them; each name once, in the order asked."""
-    groups = read_table().groups
-    return list(dict.fromkeys(name for given in asked for name in groups.get(given, (given,))))
+def members(name: str) -> tuple[str, ...]:
+    """Return MTEB's names in a group; a name that is no group stands for itself."""
+    return read_table().groups.get(name, (name,))
 
 
 def instruct(name: str, kind: str, own: str | Mapping[str, str] | None, given: Mapping[str, str]) -> Told:

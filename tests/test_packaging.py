@@ -54,6 +54,13 @@ def test_setup_names_the_two_packages_and_python(metadata: Distribution) -> None
     assert not (ROOT / "kernels/__init__.py").exists(), "a package named kernels would shadow the one on PyPI"
 
 
+def test_wheels_carry_every_data_file(metadata: Distribution) -> None:
+    build = metadata.get_command_obj("build_py")
+    build.ensure_finalized()
+    carried = {Path(folder, name) for _, folder, _, names in build.data_files for name in names}
+    assert carried == {path.relative_to(ROOT) for path in (ROOT / "e5core").rglob("*.toml")} != set()
+
+
 @pytest.mark.parametrize("folder", ["e5core", "kernels/e5kernels"])
 def test_every_import_is_declared(metadata: Distribution, folder: str) -> None:
     declared = required(metadata.install_requires)

@@ -30,7 +30,7 @@ from e5core.adapter import read_adapter
 from e5core.batches import CHARACTERS, deal, document_text, pack, query_text
 from e5core.checkpoint import Card, check_files
 from e5core.distributed import ALONE, World, alone, finish, gather_rows, largest, log, log_error, start, sum_over_ranks
-from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype
+from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype, unit_prefix
 from e5core.metrics import TextProgress
 from e5core.records import checked_text, parse_object, read_lines, required
 from e5core.sharding import Strategy
@@ -77,9 +77,15 @@ class Encoder:
         device: torch.device,
         max_tokens: int,
         world: World = ALONE,
+        dimensions: int | None = None,
     ) -> None:
-        """world: whose ranks all hold this model, and call every method together, with the same texts."""
+        """world: whose ranks all hold this model, and call every method together, with the same texts.
+
+        dimensions: how many numbers of an embedding are kept (unit_prefix); None: all.
+        """
         config = model.backbone.config
+        if dimensions is not None and not 1 <= dimensions <= config.dim:
+            raise ValueError(f"dimensions must be in 1..{config.dim}, the model's own: got {dimensions}")
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model embeds {config.vocab_size}; not of one model"
@@ -88,6 +94,7 @@ class Encoder:
             raise ValueError(f"max_tokens is {max_tokens}, the model was made for at most {config.max_positions}")
         self.model, self.tokenizer, self.device, self.world = model, tokenizer, device, world
         self.max_tokens = max_tokens
+        self.dim = config.dim if dimensions is None else dimensions
         # Encoding XQuAD's documents with SmolLM2 on 2 AVX2 cores: 534 tokens/s at 1,024, 490 at 4,096 (caches).
         self.batch_tokens = 1024 if device.type == "cpu" else 16384
         # Elsewhere attention goes text by text, and keys that are not the queries' own would cost a mask for each.
@@ -106,6 +113,7 @@ class Encoder:
         world: World | None = None,
         strategy: Strategy = "auto",
         base: str | None = None,
+        dimensions: int | None = None,
     ) -> "Encoder":
         """Load a run folder, a checkpoint or another adapter, a Hugging Face folder or a .gguf file.
 
@@ -113,6 +121,7 @@ class Encoder:
         world: the ranks that encode together (distributed.start()); None: this process encodes by itself.
         strategy: how the model is sharded over them (sharding.py).
         base: where an adapter's base model lies; None: where the adapter says.
+        dimensions: how many numbers of an embedding are kept, the first ones, of unit length again; None: all.
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
         folder = adapter_folder(Path(model))
@@ -124,7 +133,8 @@ class Encoder:
             held = {"strategy": strategy, "world": world}
             built = build_model(path, chosen, device, causal=True, lora=None, seed=0, **held)
             default = min(DEFAULT_MAX_TOKENS, built.backbone.config.max_positions)
-            return cls(built, Tokenizer.load(path), device, default if max_tokens is None else max_tokens, world)
+            length = default if max_tokens is None else max_tokens
+            return cls(built, Tokenizer.load(path), device, length, world, dimensions)
         check_files(folder)
         card = find_card(folder, base)
         path = check_base(folder, card)
@@ -133,8 +143,8 @@ class Encoder:
         chosen, _ = settle_dtype(cast(Dtype, card.dtype) if dtype == "auto" else dtype, world)
         length = card.max_tokens if max_tokens is None else max_tokens
         built = _with_adapter(path, folder, card, chosen, strategy, world)
-        encoder = cls(built, tokenizer, device, length, world)
-        if (folder / "golden.npy").is_file():
+        encoder = cls(built, tokenizer, device, length, world, dimensions)
+        if (folder / "golden.npy").is_file() and encoder.dim == built.backbone.config.dim:
             encoder.golden = np.load(folder / "golden.npy", allow_pickle=False)
         encoder.golden_tolerance = 1e-3 if "bfloat16" in (card.dtype, str(chosen).removeprefix("torch.")) else 1e-5
         return encoder
@@ -154,7 +164,7 @@ class Encoder:
         Returns (n, dim) float32 in the order of the texts, unit rows unless `normalize` is false.
         Raises FloatingPointError where an embedding is not finite.
         """
-        vectors = np.empty((len(texts), self.model.backbone.config.dim), dtype=np.float32)
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         chunk = CHUNK * self.world.world_size
         for first in range(0, len(texts), chunk):
             formatted = [query_text(task, t) if task else document_text(t) for t in texts[first : first + chunk]]
@@ -176,11 +186,12 @@ class Encoder:
         self.n_truncated += n_truncated
         if progress is not None:
             progress.expect(len(formatted), n_tokens)
-        vectors = torch.empty(len(own), self.model.backbone.config.dim, device=self.device)
+        vectors = torch.empty(len(own), self.dim, device=self.device)
         packed, shards = pack(sequences, self.batch_tokens, self.device, self.share_prefix), self.model.shards
         n_idle = 0 if shards is None else largest(len(packed), self.world) - len(packed)  # empty micro-batches
         for batch in packed:
-            vectors[batch.rows] = self.model(batch, normalize=normalize).float()
+            found = self.model(batch, normalize=normalize)
+            vectors[batch.rows] = (unit_prefix(found, self.dim) if normalize else found[:, : self.dim]).float()
             if progress is not None:
                 progress.advance(len(batch.rows), sum(lengths[row] for row in batch.rows.tolist()))
         for _ in range(n_idle):
@@ -202,7 +213,7 @@ class Encoder:
         Raises ValueError for a model without stored vectors.
         """
         if self.golden is None:
-            raise ValueError("this model has no golden vectors; only what e5core trained can be checked")
+            raise ValueError("this model has no golden vectors; only what e5core trained can be checked, and whole")
         return float((self.golden_vectors() * self.golden).sum(axis=1).min())
 
 
@@ -265,7 +276,7 @@ def encode_file(encoder: Encoder, source: Path, output: Path, task: str | None) 
             pass
         return n_texts
     partial = output.with_name(f".partial_{output.name}")
-    shape = (n_texts, encoder.model.backbone.config.dim)
+    shape = (n_texts, encoder.dim)
     try:
         with open(partial, "wb") as file:  # written, not mapped: a full disk raises OSError instead of killing us
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -294,19 +305,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help=".npy file to write, (n, dim) float32, unit rows")
     parser.add_argument("--task", help="instruction, for queries; documents have none")
     parser.add_argument("--max-tokens", type=int, help="cut texts to this many tokens (default: the run's, else 512)")
+    parser.add_argument("--dimensions", type=int, help="keep this many numbers of each vector, of unit length again")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--selfcheck", action="store_true", help="compare with the vectors stored by the training run")
     arguments = parser.parse_args(argv)
     if (arguments.input is None) != (arguments.output is None) or not (arguments.selfcheck or arguments.input):
         parser.error("--input and --output are needed together (or --selfcheck alone)")
-    if arguments.selfcheck and arguments.max_tokens is not None:
-        parser.error("--selfcheck takes the run's own length, so --max-tokens does not go with it")
+    if arguments.selfcheck and (arguments.max_tokens, arguments.dimensions) != (None, None):
+        parser.error("--selfcheck takes the run's own lengths, so --max-tokens and --dimensions do not go with it")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         parser.error(f"--output: no folder {arguments.output.parent}")
     try:
         world = start()
         log(describe_device(world.device))
-        chosen = {"max_tokens": arguments.max_tokens, "dtype": arguments.dtype, "base": arguments.base}
+        chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions")}
         encoder = Encoder.load(arguments.model, world=world, **chosen)
         log(encoder.tokenizer.describe())
         if arguments.selfcheck and not _selfcheck(encoder):

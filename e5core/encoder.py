@@ -111,6 +111,14 @@ def mean_tokens(hidden: Tensor, cu_seqlens: Tensor, weighted: bool) -> Tensor:
     return torch.segment_reduce(hidden * weights[:, None], "sum", lengths=cu_seqlens.diff().long(), axis=0, unsafe=True)
 
 
+def unit_prefix(vectors: Tensor, n: int) -> Tensor:
+    """Cut unit rows to their first n numbers and make them unit length again (arXiv 2205.13147).
+
+    vectors: (N, D), unit rows.  Returns (N, n), for n = D the vectors as they are.
+    """
+    return vectors if n == vectors.shape[1] else F.normalize(vectors[:, :n], dim=-1)
+
+
 def build_model(
     path: Path,
     dtype: torch.dtype,

@@ -297,7 +297,7 @@ def _run(arguments: argparse.Namespace) -> None:
     folder = results_folder(arguments.model, arguments.mteb_folder) if arguments.mteb else Path()
     world = start()
     tasks = find_tasks(arguments.mteb, given) if arguments.mteb and world.is_main else {}
-    chosen = {"max_tokens": arguments.max_tokens, "dtype": arguments.dtype, "base": arguments.base}
+    chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions")}
     encoder = Encoder.load(arguments.model, world=world, **chosen)
     log(describe_device(encoder.device))
     scores: dict[str, float] = {}
@@ -377,6 +377,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens", metavar="N", type=_positive, help="longest text in tokens (default: the model's)"
     )
+    parser.add_argument("--dimensions", metavar="D", type=_positive, help="score the first D numbers of each vector")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (auto)")
     parser.add_argument("--out", metavar="R.json", type=Path, help="write the scores to this file")
     return parser

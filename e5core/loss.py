@@ -1,6 +1,10 @@
 """The contrastive loss of a step: every query against every candidate that it may see (arXiv 2401.00368, eq. 2).
 
 A rank holds its own queries against the candidates of all ranks, 1/W of the work, and no other rank's queries.
+
+With `matryoshka` the loss is the weighted mean of that of several prefixes of the embeddings, each cut off and made
+unit length again (arXiv 2205.13147), so that a shorter embedding is the first numbers of the whole one. The margin
+looks at each prefix's own similarities.
 """
 
 from dataclasses import dataclass
@@ -9,10 +13,12 @@ from typing import Annotated, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from e5core.batches import GlobalBatch
 from e5core.distributed import ALONE, World, gather_rows, sum_over_ranks
-from e5kernels.infonce import infonce
+from e5core.encoder import unit_prefix
+from e5kernels.infonce import InfoNCE, Relations, infonce
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,14 +27,41 @@ class LossConfig:
 
     temperature: Annotated[float, Field(gt=0)] = 0.02  # paper, appendix A
     margin: Annotated[float, Field(ge=0)] | None = None  # hides negatives this much above the positive
+    matryoshka: tuple[Annotated[int, Field(ge=1)], ...] = ()  # dimensions trained, as listed; (): all at once
+    matryoshka_weights: tuple[Annotated[float, Field(gt=0)], ...] = ()  # one for each of them; (): all alike
+
+    def __post_init__(self) -> None:
+        if len(set(self.matryoshka)) < len(self.matryoshka):
+            raise ValueError(f"matryoshka must name each number of dimensions once: got {list(self.matryoshka)}")
+        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka):
+            raise ValueError(
+                f"matryoshka_weights must be one for each of matryoshka: got {len(self.matryoshka_weights)} for "
+                f"{len(self.matryoshka)}"
+            )
+
+    def prefixes(self, dim: int) -> list[tuple[int, float]]:
+        """Return (dimensions, share of the loss) of every prefix, the longest first; the shares add up to 1.
+
+        dim: of the whole embeddings.  Raises ValueError for a prefix that is longer.
+        """
+        if not self.matryoshka:
+            return [(dim, 1.0)]
+        if max(self.matryoshka) > dim:
+            raise ValueError(
+                f"loss.matryoshka names {max(self.matryoshka)} dimensions, and the model's embeddings have {dim}; "
+                "leave out what is more"
+            )
+        weights = self.matryoshka_weights or (1.0,) * len(self.matryoshka)
+        pairs = zip(self.matryoshka, weights, strict=True)
+        return sorted(((n, weight / sum(weights)) for n, weight in pairs), reverse=True)
 
 
 class BatchLoss(NamedTuple):
     """What `infonce_loss` returns: scalars of the whole batch, the same on all ranks; only loss carries a gradient."""
 
     loss: Tensor  # mean over all queries
-    accuracy: Tensor  # share of queries whose positive has the highest visible score
-    negatives: Tensor  # effective negatives per query, mean
+    accuracy: Tensor  # share of queries whose positive has the highest visible score, by the longest prefix
+    negatives: Tensor  # effective negatives per query, mean, by the longest prefix
 
 
 def infonce_loss(embeddings: Tensor, batch: GlobalBatch, config: LossConfig, world: World = ALONE) -> BatchLoss:
@@ -36,10 +69,26 @@ def infonce_loss(embeddings: Tensor, batch: GlobalBatch, config: LossConfig, wor
 
     embeddings: (n, D) of this rank's rows, in their order, fp32 or fp64, unit length. Its gradient is that of the
     whole loss: what all ranks' queries ask of this rank's candidates is in it.
+    Raises ValueError where config.matryoshka names more than D dimensions.
     """
     n_own = len(batch.relations.query_ids)
     candidates = gather_rows(embeddings[n_own:], batch.candidates, world)  # (P, D)
     relations = batch.relations.to(embeddings.device)
-    own = infonce(embeddings[:n_own], candidates, relations, temperature=config.temperature, margin=config.margin)
-    means = torch.stack([own.loss, own.accuracy.to(own.loss.dtype), own.negatives.to(own.loss.dtype).mean()])
+    prefixes = config.prefixes(embeddings.shape[1])
+    outs = [_of_prefix(embeddings[:n_own], candidates, relations, config, n) for n, _ in prefixes]
+    loss = sum(share * out.loss for (_, share), out in zip(prefixes, outs, strict=True))
+    means = torch.stack([loss, outs[0].accuracy.to(loss.dtype), outs[0].negatives.to(loss.dtype).mean()])
     return BatchLoss(*sum_over_ranks(means * (n_own / batch.n_queries), world))
+
+
+def _of_prefix(queries: Tensor, candidates: Tensor, relations: Relations, config: LossConfig, n: int) -> InfoNCE:
+    """Compute the loss of the embeddings' first n numbers."""
+
+    def compute(queries: Tensor, candidates: Tensor) -> InfoNCE:
+        rows = unit_prefix(queries, n), unit_prefix(candidates, n)
+        return infonce(*rows, relations, temperature=config.temperature, margin=config.margin)
+
+    if len(config.matryoshka) < 2:
+        return compute(queries, candidates)
+    # the backward pass computes it again, so that only one prefix has its similarities in memory
+    return checkpoint(compute, queries, candidates, use_reentrant=False, preserve_rng_state=False)

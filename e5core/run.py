@@ -125,7 +125,9 @@ def check_files(config: Config) -> Path:
         path = resolve_model(config.backbone.path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"backbone.path: {error}") from error
-    longest = read_config(path).max_positions
+    shape = read_config(path)
+    config.loss.prefixes(shape.dim)
+    longest = shape.max_positions
     for key, value in (("batch.max_tokens", config.batch.max_tokens), ("eval.max_tokens", config.eval.max_tokens)):
         if value > longest:
             raise ValueError(f"{key} = {value}: the model was made for at most {longest} tokens")

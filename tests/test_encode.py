@@ -68,6 +68,24 @@ def test_the_command_line_writes_what_python_returns(run: Path, tmp_path: Path) 
     assert np.abs(np.load(output) - Encoder.load(str(run)).encode(["T a"])).max() < 1e-6
 
 
+def test_fewer_dimensions_are_the_first_ones_of_unit_length_again(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write_texts(tmp_path / "texts.jsonl", TEXTS), tmp_path / "v.npy"
+    assert main([str(run), "--input", str(source), "--output", str(output), "--dimensions", "5"]) == 0
+    cut = Encoder.load(str(run)).encode([text.strip() for text in TEXTS])[:, :5]
+    assert np.abs(np.load(output) - cut / np.linalg.norm(cut, axis=1, keepdims=True)).max() < 1e-6
+    raw = Encoder.load(str(run), dimensions=5).encode(TEXTS, normalize=False)
+    assert np.array_equal(raw, Encoder.load(str(run)).encode(TEXTS, normalize=False)[:, :5])
+    for wrong in ("0", "33"):
+        assert main([str(run), "--input", str(source), "--output", str(output), "--dimensions", wrong]) == 2
+        assert f"dimensions must be in 1..32, the model's own: got {wrong}" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(run), "--selfcheck", "--dimensions", "5"])
+    with pytest.raises(ValueError, match="no golden vectors"):
+        Encoder.load(str(run), dimensions=5).selfcheck()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

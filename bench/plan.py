@@ -37,7 +37,8 @@ def random_batch(n_tokens: int, vocab_size: int) -> GlobalBatch:
     ids = torch.randint(0, vocab_size, (2 * n, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     index, is_open = torch.arange(n), torch.ones(n, dtype=torch.bool)
     relations = Relations(index, index, index, -1 - index[:, None], index, is_open, is_open)
-    return GlobalBatch(ids, list(range(2 * n)), relations, [list(range(n))], [str(i) for i in range(n)], 0)
+    names = [str(i) for i in range(n)]
+    return GlobalBatch(ids, list(range(2 * n)), relations, [list(range(n))], [None] * n, names, 0)
 
 
 def random_model(config: Config, policy: Policy, dtype: torch.dtype, device: torch.device) -> EmbeddingModel:

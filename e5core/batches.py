@@ -74,13 +74,15 @@ class GlobalBatch:
 
     In the whole batch rows 0..Q-1 are the queries and row Q + j is candidate j; a rank has a query with its candidates.
     sequences: token ids of this rank's rows.  rows: their numbers, rising.  relations: CPU tensors, of this rank's
-    queries to all candidates.  candidates: the numbers of each rank's candidates, rising.
+    queries to all candidates.  candidates: the numbers of each rank's candidates, rising.  scores: a teacher's, of this
+    rank's own candidates; None where it gave none.
     """
 
     sequences: list[list[int]]
     rows: list[int]
     relations: Relations
     candidates: list[list[int]]
+    scores: list[float | None]
     record_ids: list[str]
     n_truncated: int
 
@@ -114,10 +116,12 @@ def build_batch(
     the others are no negatives for it. Of more hard negatives than the config asks for, it takes those of its `choice`.
     """
     texts: list[str] = [query_text(record.task, record.query) for record in records]
-    target, owner, hashes = [], [], []
+    target, owner, hashes, scores = [], [], [], []
     for i, record in enumerate(records):
         target.append(len(owner))
-        for text in (chosen_positive(record, seed, step, i), *chosen_negatives(record, config, seed, step, i)):
+        positive, negatives = chosen_positive(record, seed, step, i), chosen_negatives(record, config, seed, step, i)
+        scores += record.scores_of(positive, negatives)
+        for text in (record.positives[positive], *(record.negatives[place] for place in negatives)):
             instructed = record.symmetric and record.kind in config.instruct_documents
             texts.append(query_text(record.task, text) if instructed else document_text(text))
             owner.append(i)
@@ -135,7 +139,8 @@ def build_batch(
     )
     rows = [*queries[world.rank], *(len(records) + j for j in candidates[world.rank])]
     sequences, n_truncated = tokenizer.encode_batch([texts[row] for row in rows], config.max_tokens)
-    return GlobalBatch(sequences, rows, relations, candidates, [record.id for record in records], n_truncated)
+    own_scores, ids = [scores[j] for j in candidates[world.rank]], [record.id for record in records]
+    return GlobalBatch(sequences, rows, relations, candidates, own_scores, ids, n_truncated)
 
 
 def deal(sizes: Sequence[int], world_size: int) -> list[list[int]]:
@@ -169,21 +174,21 @@ def _deal_examples(
     return queries, candidates
 
 
-def chosen_positive(record: Record, seed: int, step: int, place: int) -> str:
-    """Return the positive that this step trains on."""
+def chosen_positive(record: Record, seed: int, step: int, place: int) -> int:
+    """Return the place, among the record's, of the positive that this step trains on."""
     if len(record.positives) == 1:
-        return record.positives[0]
+        return 0
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, place]))
-    return record.positives[generator.integers(len(record.positives))]
+    return int(generator.integers(len(record.positives)))
 
 
-def chosen_negatives(record: Record, config: BatchConfig, seed: int, step: int, place: int) -> tuple[str, ...]:
-    """Return the hard negatives that this step trains on, in the record's order."""
+def chosen_negatives(record: Record, config: BatchConfig, seed: int, step: int, place: int) -> list[int]:
+    """Return the places, among the record's, of the hard negatives that this step trains on, rising."""
     n = len(record.negatives)
     if config.choice == "top" or n <= config.negatives:
-        return record.negatives[: config.negatives]
+        return list(range(min(n, config.negatives)))
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 1, place]))
-    return tuple(record.negatives[j] for j in sorted(generator.permutation(n)[: config.negatives]))
+    return sorted(generator.permutation(n)[: config.negatives].tolist())
 
 
 def _banned(records: Sequence[Record]) -> Tensor:

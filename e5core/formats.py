@@ -100,7 +100,7 @@ def _flagembedding(row: object, place: str) -> Fields | None:
         for name, values, texts in zip(("pos_scores", "neg_scores"), scores, (positives, negatives), strict=True):
             if not isinstance(values, list) or len(values) != len(texts):
                 raise BrokenRecord(f"{place}: {name} must be a list of {len(texts)} numbers, one for each text")
-        fields["scores"] = [*scores[0][:1], *scores[1][:MAX_NEGATIVES]]
+        fields["scores"] = [*scores[0], *scores[1][:MAX_NEGATIVES]]
     return fields if positives else None
 
 

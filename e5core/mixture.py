@@ -116,10 +116,12 @@ class Mixture:
         *,
         settings: Sequence[Source] = (),
         homogeneous: int | None = None,
+        scored: bool = False,
     ) -> None:
         """sources: the files' records or stores, nothing for a folder.  folders: what gives the others theirs.
 
         settings: the sources' tables, for weight, tasks and in_batch.  homogeneous: the size of batches of one source.
+        scored: refuse records without a teacher's scores.
         """
         self.seed = seed
         self._sources = [rows if isinstance(rows, StoredRows) else list(rows) for rows in sources]
@@ -127,6 +129,9 @@ class Mixture:
         self._ratios = ratios
         self._settings = settings
         self._folders = folders
+        self._scored = scored
+        for rows in self._sources:
+            self._check_scores(rows)
         if homogeneous is not None:
             self._order = HomogeneousOrder(seed, homogeneous)
         elif any(isinstance(rows, StoredRows) for rows in sources):
@@ -192,8 +197,19 @@ class Mixture:
         """Begin the next epoch, with what the folders gained."""
         for source, gained in enumerate(self._folders.enter() if self._folders else []):
             if gained:
+                self._check_scores(gained)
                 self._sources[source] += gained
         self._order.begin_epoch([len(rows) for rows in self._sources], self._counts())
+
+    def _check_scores(self, rows: Sequence[Record]) -> None:
+        """Raise ValueError for the first record of which a candidate has no score, where they are asked for."""
+        bare = next((record for record in rows if not record.is_scored), None) if self._scored else None
+        if bare is not None:
+            raise ValueError(
+                f"record {bare.id!r} of {bare.source} has {len(bare.scores)} teacher scores for {len(bare.positives)} "
+                f"positives and {len(bare.negatives)} negatives, and loss.distillation needs one for each; give them "
+                "(`scores`), or leave the source out"
+            )
 
     def _counts(self) -> list[int]:
         """Return how many records each source gives to an epoch."""
@@ -216,13 +232,15 @@ def load_mixture(
     epochs: Sequence[Sequence[Mapping[str, Any]]] = (),
     world: World = ALONE,
     homogeneous: int | None = None,
+    scored: bool = False,
 ) -> tuple[Mixture, list[str]]:
     """Read all sources.  Returns the mixture and a message for each broken line of a file that was skipped.
 
     epochs: of the state() of the run to go on with.  world: its ranks begin each epoch together, in `batch`.
-    homogeneous: the size of batches of one source each; None: mixed ones.
+    homogeneous: the size of batches of one source each; None: mixed ones.  scored: all candidates must have a
+    teacher's score; a later epoch is asked for them when it begins.
     Raises BrokenRecord (a line), FileNotFoundError (a source) or ValueError (a source without records, a stale store,
-    or a file of a folder that has changed since the run read it).
+    a record without scores, or a file of a folder that has changed since the run read it).
     """
     sources, paths = [], []
     notes = Notes(skip_broken=config.skip_broken)
@@ -236,7 +254,8 @@ def load_mixture(
     recorded = [[Shard(**shard) for shard in epoch] for epoch in epochs]
     folders = Folders(paths, recorded, skip_broken=config.skip_broken, world=world) if any(paths) else None
     ratios = [source.ratio for source in config.sources]
-    mixture = Mixture(sources, ratios, seed, folders, settings=config.sources, homogeneous=homogeneous)
+    chosen = {"settings": config.sources, "homogeneous": homogeneous, "scored": scored}
+    mixture = Mixture(sources, ratios, seed, folders, **chosen)
     for _ in recorded[1:]:
         mixture.begin_epoch()
     return mixture, notes.skipped

@@ -113,6 +113,7 @@ class _Parcel(NamedTuple):
     rows: list[int]
     relations: list[np.ndarray]
     candidates: list[list[int]]
+    scores: list[float | None]
     record_ids: list[str]
     n_truncated: int
     packed: list[tuple[np.ndarray, np.ndarray, int, np.ndarray]]
@@ -123,7 +124,14 @@ class _Parcel(NamedTuple):
         relations = [tensor.numpy() for tensor in batch.relations.tensors()]
         pieces = [(p.tokens.numpy(), p.cu_seqlens.numpy(), p.max_seqlen, p.rows.numpy()) for p in packed]
         return cls(
-            batch.sequences, batch.rows, relations, batch.candidates, batch.record_ids, batch.n_truncated, pieces
+            batch.sequences,
+            batch.rows,
+            relations,
+            batch.candidates,
+            batch.scores,
+            batch.record_ids,
+            batch.n_truncated,
+            pieces,
         )
 
     def made(self) -> Made:
@@ -132,8 +140,8 @@ class _Parcel(NamedTuple):
             MicroBatch(torch.from_numpy(tokens), torch.from_numpy(bounds), longest, torch.from_numpy(rows))
             for tokens, bounds, longest, rows in self.packed
         ]
-        batch = GlobalBatch(self.sequences, self.rows, relations, self.candidates, self.record_ids, self.n_truncated)
-        return batch, packed
+        rest = self.candidates, self.scores, self.record_ids, self.n_truncated
+        return GlobalBatch(self.sequences, self.rows, relations, *rest), packed
 
 
 class _Worker:

@@ -63,12 +63,25 @@ class Record:
     query: str
     positives: tuple[str, ...]  # at least one
     negatives: tuple[str, ...] = ()  # 0 to 15
-    scores: tuple[float, ...] = ()  # a teacher's, for the first positive and then each negative; or none
+    scores: tuple[float, ...] = ()  # a teacher's, for each positive (or the first alone), then each negative; or none
     source: str  # as given, or the file's stem
     language: str = ""
     kind: str = "plain"  # one of KINDS
     symmetric: bool = False  # both sides are of one sort (sts, bitext), so both may carry the instruction
     in_batch: bool = True  # False: the query sees only its own candidates, and they are offered to nobody else
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether every candidate has a teacher's score."""
+        return len(self.scores) == len(self.positives) + len(self.negatives)
+
+    def scores_of(self, positive: int, negatives: Sequence[int]) -> list[float | None]:
+        """Return the teacher's scores of a positive and of negatives, by their places; None where there is none."""
+        if not self.scores:
+            return [None] * (1 + len(negatives))
+        n_scored = len(self.scores) - len(self.negatives)
+        own = self.scores[positive] if positive < n_scored else None
+        return [own, *(self.scores[n_scored + place] for place in negatives)]
 
 
 def read_records(paths: Sequence[Path], *, skip_broken: bool = False) -> tuple[list[Record], list[str]]:
@@ -248,7 +261,7 @@ def _plain_record(fields: dict[str, object], kind: str, place: str, stem: str, l
         query=query,
         positives=positives,
         negatives=negatives,
-        scores=_scores(fields, place, len(negatives)),
+        scores=_scores(fields, place, len(positives), len(negatives)),
         source=_optional_text(fields, "source", place, stem),
         language=_optional_text(fields, "lang" if "lang" in fields else "language", place, ""),
         kind=kind,
@@ -272,15 +285,16 @@ def _texts(value: object, place: str, name: str) -> tuple[str, ...]:
     return tuple(checked_text(text, place, f"{name}[{i}]") for i, text in enumerate(value))
 
 
-def _scores(fields: dict[str, object], place: str, n_negatives: int) -> tuple[float, ...]:
+def _scores(fields: dict[str, object], place: str, n_positives: int, n_negatives: int) -> tuple[float, ...]:
     if "scores" not in fields:
         return ()
     values = fields["scores"]
     if not isinstance(values, list):
         raise BrokenRecord(f"{place}: scores must be a list of numbers, got {_type_name(values)}")
-    if len(values) != 1 + n_negatives:
+    if len(values) not in (1 + n_negatives, n_positives + n_negatives):
+        positives = "1 positive" if n_positives == 1 else f"{n_positives} positives (or the first alone)"
         raise BrokenRecord(
-            f"{place}: scores must be one per candidate: got {len(values)} for 1 positive + {n_negatives} negatives"
+            f"{place}: scores must be one per candidate: got {len(values)} for {positives} + {n_negatives} negatives"
         )
     return tuple(checked_number(value, place, f"scores[{i}]") for i, value in enumerate(values))
 

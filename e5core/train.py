@@ -66,7 +66,8 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     check_folder(run, config, world)
     epochs = checkpoint.begun_epochs(run) if config.train.resume else []
     homogeneous = config.batch.size if config.batch.composition == "homogeneous" else None
-    mixture, skipped = load_mixture(config.data, config.train.seed, epochs, world, homogeneous)
+    scored = config.loss.distillation is not None
+    mixture, skipped = load_mixture(config.data, config.train.seed, epochs, world, homogeneous, scored)
     for message in skipped:
         log(f"skipped {message}")
     check_same({"hash of the training records": mixture.digest}, world)

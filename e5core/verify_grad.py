@@ -58,7 +58,8 @@ def verify_gradient(config: Config, world: World) -> Comparison:
     check_ranks(config, world)
     path = check_files(config)
     homogeneous = config.batch.size if config.batch.composition == "homogeneous" else None
-    mixture, _ = load_mixture(config.data, config.train.seed, world=world, homogeneous=homogeneous)
+    chosen = {"homogeneous": homogeneous, "scored": config.loss.distillation is not None}
+    mixture, _ = load_mixture(config.data, config.train.seed, world=world, **chosen)
     tokenizer = Tokenizer.load(path, config.tokenizer)
     dtype, _ = settle_dtype(config.backbone.dtype, world)
     seed, settings = config.train.seed, config.batch

@@ -14,14 +14,22 @@ from e5core.records import Record
 from e5core.step import backward_step
 from e5core.tokenizer import Tokenizer
 
-LOSSES = (LossConfig(temperature=0.5, matryoshka=(32, 8, 3), matryoshka_weights=(1.0, 2.0, 0.5)),)
+PREFIXES = {"matryoshka": (32, 8, 3), "matryoshka_weights": (1.0, 2.0, 0.5)}
+LOSSES = (
+    LossConfig(temperature=0.5, **PREFIXES),
+    LossConfig(temperature=0.5, distillation=0.7, teacher_temperature=2.0),
+    LossConfig(temperature=0.5, distillation=0.7, **PREFIXES),
+)
 
 
 def records() -> list[Record]:
-    """Records of unlike sizes, one closed to the others, two that share texts, with 0 to 3 negatives."""
+    """Records of unlike sizes, one closed to the others, two that share texts, with 0 to 3 negatives, all scored."""
     made = made_records(7)
     made[3] = replace(made[3], positives=made[1].positives)
     made[4] = replace(made[4], negatives=(made[1].query, made[5].positives[0]))
+    for i, record in enumerate(made):
+        n = len(record.positives) + len(record.negatives)
+        made[i] = replace(record, scores=tuple(np.sin(range(i, i + n)).tolist()))
     return made
 
 

@@ -1,5 +1,8 @@
-"""The loss of a batch, with matryoshka prefixes, against oracles that loop over texts in float64."""
+"""The loss of a batch, by prefixes and with a teacher, against oracles that loop over texts in float64."""
 
+import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,11 +14,14 @@ from test_backbone import relative
 from test_train import CONFIG, SYNTHETIC
 from torch import Tensor
 
-from e5core.batches import BatchConfig, GlobalBatch, build_batch
+from e5core.batches import BatchConfig, GlobalBatch, build_batch, text_hash
 from e5core.config import ConfigError, load_config
 from e5core.distributed import ALONE
 from e5core.loss import LossConfig, infonce_loss
+from e5core.mixture import DataConfig, load_mixture
 from e5core.records import Record
+from e5core.row_store import build_store, store_folder
+from e5core.sources import Source
 from e5core.tokenizer import Tokenizer
 from e5core.train import Config, main
 
@@ -95,6 +101,116 @@ def test_accuracy_and_negatives_are_the_longest_prefix_s(embedder: Path) -> None
     assert alone[1:] != infonce_loss(unit, batch, LossConfig(margin=0.05, matryoshka=(2,)))[1:]
 
 
+def teacher_oracle(rows: Tensor, made: list[Record], n: int, temperature: float, teacher_temperature: float) -> Tensor:
+    """The mean divergence over the queries' own candidates; of each record the scores begin with the one positive's."""
+    found, divergences = candidates_of(made), []
+    for i, record in enumerate(made):
+        own = [j for j, (owner, _) in enumerate(found) if owner == i]
+        student = torch.stack([cosine(rows[i, :n], rows[len(made) + j, :n]) for j in own]) / temperature
+        teacher = torch.tensor(record.scores[: len(own)], dtype=torch.float64) / teacher_temperature
+        likely = teacher.exp() / teacher.exp().sum()
+        divergences.append((likely * (likely.log() - (student.exp() / student.exp().sum()).log())).sum())
+    return torch.stack(divergences).mean()
+
+
+@pytest.mark.parametrize(("dimensions", "weight"), [((), 0.7), ((DIM, 6), 2.0)])
+def test_distillation_adds_the_divergence_from_the_teacher_by_its_weight(
+    dimensions: tuple[int, ...], weight: float, embedder: Path
+) -> None:
+    batch = batch_of(embedder)
+    config = LossConfig(temperature=0.3, matryoshka=dimensions, distillation=weight, teacher_temperature=0.5)
+    rows = raw_rows(batch)
+    result = infonce_loss(torch.nn.functional.normalize(rows, dim=1), batch, config)
+    parts = [
+        oracle(rows, records(), n, 0.3) + weight * teacher_oracle(rows, records(), n, 0.3, 0.5)
+        for n in dimensions or (DIM,)
+    ]
+    expected = torch.stack(parts).mean()
+    assert abs(result.loss.item() - expected.item()) < 1e-12
+    gradients = [torch.autograd.grad(loss, rows)[0] for loss in (result.loss, expected)]
+    assert relative(*gradients) < 1e-12
+
+
+def test_a_student_that_says_what_the_teacher_says_loses_nothing_by_it(embedder: Path) -> None:
+    batch = batch_of(embedder)
+    unit = torch.nn.functional.normalize(raw_rows(batch).detach(), dim=1).requires_grad_()
+    owners = batch.relations.owner.tolist()
+    scores = [torch.dot(unit[i], unit[batch.n_queries + j]).item() for j, i in enumerate(owners)]
+    same = LossConfig(temperature=0.02, distillation=1.0, teacher_temperature=0.02)
+    found = [infonce_loss(unit, replace(batch, scores=scores), config) for config in (LossConfig(), same)]
+    assert abs(found[0].loss.item() - found[1].loss.item()) < 1e-12
+    gradients = [torch.autograd.grad(result.loss, unit)[0] for result in found]
+    assert relative(*gradients) < 1e-12
+
+
+def test_scores_beyond_any_likelihood_stay_finite_in_fp32(embedder: Path) -> None:
+    batch = batch_of(embedder)
+    unit = torch.nn.functional.normalize(raw_rows(batch).detach().float(), dim=1).requires_grad_()
+    scores = [1e300 * (-1) ** j for j in range(len(batch.scores))]
+    result = infonce_loss(unit, replace(batch, scores=scores), LossConfig(distillation=1.0))
+    (gradient,) = torch.autograd.grad(result.loss, unit)
+    assert result.loss.isfinite() and gradient.isfinite().all()
+
+
+def test_each_candidate_takes_its_own_score_whichever_are_drawn(embedder: Path) -> None:
+    made = Record(id="r", task="", query="q", positives=("p0", "p1"), negatives=("n0", "n1", "n2"), source="s")
+    scored = {"p0": 0.0, "p1": 1.0, "n0": 2.0, "n1": 3.0, "n2": 4.0}
+    tokenizer, seen = Tokenizer.load(embedder), set()
+    for step in range(20):
+        config = BatchConfig(max_tokens=60, negatives=2, choice="random")
+        batch = build_batch([replace(made, scores=tuple(scored.values()))], tokenizer, config, seed=0, step=step)
+        hashes = batch.relations.candidate_hashes.tolist()
+        wanted = [score for text, score in scored.items() if text_hash(text) in hashes]
+        assert batch.scores == wanted
+        seen |= set(wanted)
+        first_alone = build_batch([replace(made, scores=(0.0, 2.0, 3.0, 4.0))], tokenizer, config, seed=0, step=step)
+        assert first_alone.scores == [None if score == 1.0 else score for score in wanted]
+    assert seen == set(scored.values())
+
+
+def write(path: Path, *lines: dict) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+WHOLE = {"query": "q", "pos": ["a", "b"], "neg": ["n"], "scores": [3, 2, 1]}
+BARE = {"query": "q", "pos": ["a"], "neg": ["n"]}
+HALF = {"query": "q", "pos": ["a", "b"], "neg": ["n"], "scores": [3, 1]}
+
+
+@pytest.mark.parametrize(("bare", "has"), [(BARE, "0 teacher scores for 1"), (HALF, "2 teacher scores for 2")])
+@pytest.mark.parametrize("kind", ["file", "folder", "store"])
+def test_a_record_without_scores_is_refused_by_name(kind: str, bare: dict, has: str, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    file = write(folder / "x.jsonl", *[WHOLE] * 4)
+    source = Source(path=str(folder if kind == "folder" else file))
+    config = DataConfig(sources=(source,), store=str(tmp_path / "stores") if kind == "store" else "")
+    build = partial(build_store, store_folder(tmp_path / "stores", source), source, skip_broken=False, show=iter)
+    if kind == "store":
+        build()
+    mixture, _ = load_mixture(config, 0, scored=True)
+    mixture.batch(0, 4)
+    with file.open("a") as lines:
+        lines.write(json.dumps(bare) + "\n")
+    if kind == "store":
+        build()
+    with pytest.raises(ValueError, match=f"record 'x:5' of x has {has} positives and 1 negatives, and loss.dist"):
+        if kind == "folder":
+            mixture.batch(1, 4)
+        load_mixture(config, 0, scored=True)
+    load_mixture(config, 0)
+
+
+def test_a_loss_without_a_score_names_the_record(embedder: Path) -> None:
+    made = records()
+    made[2] = replace(made[2], scores=())
+    tokenizer, config = Tokenizer.load(embedder), BatchConfig(max_tokens=60, negatives=3)
+    batch = build_batch(made, tokenizer, config, seed=1, step=4)
+    with pytest.raises(ValueError, match="needs a teacher's score of every candidate: records r2 lack some"):
+        infonce_loss(raw_rows(batch), batch, LossConfig(distillation=1.0))
+
+
 @pytest.fixture(scope="module")
 def by_ranks(embedder: Path) -> list[list[tuple[float, Tensor]]]:
     return run_ranks(2, steps, str(embedder))
@@ -118,6 +234,9 @@ def test_the_step_is_exact_for_any_micro_batch_and_any_number_of_ranks(
         ("loss.matryoshka=[8, 8]", "loss: matryoshka must name each number of dimensions once: got [8, 8]"),
         ("loss.matryoshka=[0, 8]", "loss.matryoshka[0]: input should be greater than or equal to 1"),
         ("loss.matryoshka_weights=[1.0]", "loss: matryoshka_weights must be one for each of matryoshka: got 1 for 0"),
+        ("loss.distillation=0", "loss.distillation: input should be greater than 0"),
+        ("loss.teacher_temperature=0.1", "loss: teacher_temperature is for distillation, which has no weight"),
+        ("loss.distillation=1", "record 'en_sts:1' of en_sts has 0 teacher scores for 1 positives and 1 negatives"),
         ("loss.matryoshka=[16, 33]", "loss.matryoshka names 33 dimensions, and the model's embeddings have 32"),
     ],
 )

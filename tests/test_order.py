@@ -111,11 +111,11 @@ def test_a_closed_source_s_queries_and_candidates_are_closed_in_the_batch(
 def test_random_negatives_are_drawn_evenly_by_seed_step_and_place() -> None:
     record = Record(id="r", task="", query="q", positives=("p",), negatives=tuple("abcdefgh"), source="s")
     random, top = BatchConfig(negatives=3, choice="random"), BatchConfig(negatives=3)
-    assert chosen_negatives(record, top, 0, 0, 0) == ("a", "b", "c")
+    assert chosen_negatives(record, top, 0, 0, 0) == [0, 1, 2]
     drawn = [chosen_negatives(record, random, 1, step, place) for step in range(40) for place in range(20)]
     assert drawn == [chosen_negatives(record, random, 1, step, place) for step in range(40) for place in range(20)]
-    assert all(len(set(names)) == 3 and list(names) == sorted(names) for names in drawn)
-    counts = Counter(name for names in drawn for name in names)
-    assert all(abs(counts[name] - 300) < 5 * (800 * 3 / 8 * 5 / 8) ** 0.5 for name in "abcdefgh")
-    assert chosen_negatives(record, BatchConfig(negatives=15, choice="random"), 1, 0, 0) == record.negatives
-    assert chosen_negatives(record, BatchConfig(negatives=0, choice="random"), 1, 0, 0) == ()
+    assert all(len(set(places)) == 3 and places == sorted(places) for places in drawn)
+    counts = Counter(place for places in drawn for place in places)
+    assert all(abs(counts[place] - 300) < 5 * (800 * 3 / 8 * 5 / 8) ** 0.5 for place in range(8))
+    assert chosen_negatives(record, BatchConfig(negatives=15, choice="random"), 1, 0, 0) == list(range(8))
+    assert chosen_negatives(record, BatchConfig(negatives=0, choice="random"), 1, 0, 0) == []

@@ -214,6 +214,13 @@ def test_documents_are_found_though_all_ids_have_one_hash(tmp_path: Path, monkey
         corpus.text("n 99", "here")
 
 
+def test_flagembedding_s_scores_are_of_every_candidate(tmp_path: Path) -> None:
+    row = {"query": "q", "pos": ["p", "r"], "neg": ["n"], "pos_scores": [0.9, 0.8], "neg_scores": [0.1]}
+    (tmp_path / "x.jsonl").write_bytes(lines([row]))
+    ((record,), _) = read(tmp_path, Source(path=str(tmp_path / "x.jsonl")))
+    assert record.scores == (0.9, 0.8, 0.1) and record.is_scored
+
+
 BROKEN = {  # layout: what is wrong, put in place of the second row, and what the message says of it
     "records": (b'{"query": "q"}\n', "x.jsonl:2: missing field pos"),
     "flagembedding": (b'{"query": "q", "pos": ["p"], "neg": [], "pos_scores": [1, 2]}\n', "x.jsonl:2: pos_scores"),

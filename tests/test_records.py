@@ -134,6 +134,10 @@ BROKEN = {
     "too many negatives": (PLAIN | {"neg": ["n"] * 16}, "at most 15 negatives, got 16"),
     "too few scores": (PLAIN | {"neg": ["n", "m"], "scores": [1, 2]}, "got 2 for 1 positive + 2 negatives"),
     "too many scores": (PLAIN | {"scores": [1, 2]}, "got 2 for 1 positive + 0 negatives"),
+    "scores of some positives": (
+        PLAIN | {"pos": ["a", "b", "c"], "scores": [1, 2]},
+        "got 2 for 3 positives (or the first alone) + 0 negatives",
+    ),
     "score is text": (PLAIN | {"scores": ["1"]}, "scores[0] must be a number, got a string"),
     "score is true": (PLAIN | {"scores": [True]}, "scores[0] must be a number, got a boolean"),
     "score is NaN": ('{"query": "q", "pos": "p", "scores": [NaN]}', "scores[0] must be a finite number"),

@@ -44,6 +44,8 @@ class BackboneConfig:
     rope_divisors: tuple[float, ...] | None = (
         None  # head_dim / 2 numbers by which the frequencies are divided (scaling)
     )
+    rope_dynamic: tuple[float, int] | None = None  # factor and trained length: longer texts have a base of their own
+    rope_magnitude: float = 1.0  # of the cosines and sines of layers without a base of their own (YaRN)
     window: int | None = None  # keys a query of a local layer sees, itself included; None = all before it
     global_layers: tuple[int, ...] = ()  # the layers, counted from 0, that see all keys; the others are local
     local_rope_theta: float | None = None  # rotary base of local layers, unscaled; None = as in global layers
@@ -63,6 +65,11 @@ class BackboneConfig:
             raise ValueError(f"head_dim must be even for rotary positions: got {self.head_dim}")
         if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
             raise ValueError(f"rope_divisors must hold {self.head_dim // 2} numbers: got {len(self.rope_divisors)}")
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether the keys and values of a text's beginning are the same whatever follows it."""
+        return self.causal and self.rope_dynamic is None
 
     def window_of(self, layer: int) -> int | None:
         """Say how many keys a query sees in this layer, None for all."""
@@ -204,18 +211,21 @@ class Backbone(nn.Module):
         on_last: compute, in the last layer, only the sequences' last tokens once k and v of all are there; called then.
         Returns (T, D), with on_last (N, D), in the weights' dtype, before the final norm (`backbone.norm`), which
         last-token pooling needs on N rows only.
-        Raises ValueError for a shared beginning of a bidirectional backbone.
+        Raises ValueError for a shared beginning whose keys depend on what follows.
         """
         config = self.config
-        if n_shared and not config.causal:
-            raise ValueError(f"a beginning of {n_shared} tokens cannot be shared under bidirectional attention")
+        if n_shared and not config.shares_beginnings:
+            raise ValueError(f"a beginning of {n_shared} tokens depends on what follows it and cannot be shared")
         x = self.tok_embeddings(tokens)  # (T, D)
         if config.embedding_scale != 1.0:
             x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded, as transformers'
         layout = layout_of(cu_seqlens, tokens.shape[0], n_shared)
-        rotary = local_rotary = rotary_of(
-            layout.positions, config.rope_theta, config.rope_divisors, config.head_dim, x.dtype
-        )
+        theta = config.rope_theta
+        if config.rope_dynamic is not None:
+            theta = stretched_theta(cu_seqlens, tokens.shape[0], config, x.dtype)
+        rotary = local_rotary = rotary_of(layout.positions, theta, config.rope_divisors, config.head_dim, x.dtype)
+        if config.rope_magnitude != 1.0:
+            rotary = local_rotary = Rotary(*(config.rope_magnitude * part for part in rotary))
         if config.local_rope_theta is not None:
             local_rotary = rotary_of(layout.positions, config.local_rope_theta, None, config.head_dim, x.dtype)
         for i, layer in enumerate(self.layers):
@@ -261,12 +271,25 @@ def _last_alone(x: Tensor, rotary: Rotary, layout: Layout) -> tuple[Tensor, Rota
     return last_token(x, bounds), rotary, layout._replace(cu_seqlens=alone, cu_seqlens_k=keys)
 
 
+def stretched_theta(cu_seqlens: Tensor, n_tokens: int, config: BackboneConfig, dtype: torch.dtype) -> Tensor:
+    """Give every text that is longer than the trained length a rotary base by its length (dynamic NTK-aware scaling).
+
+    cu_seqlens: (N+1,) int32.  Returns (T, 1, 1) in max(fp32, dtype).
+    """
+    factor, trained = config.rope_dynamic
+    lengths = cu_seqlens.diff().to(torch.promote_types(dtype, torch.float32)).clamp(min=trained)  # (N,)
+    stretch = factor * lengths / trained - (factor - 1)
+    thetas = config.rope_theta * stretch ** (config.head_dim / (config.head_dim - 2))
+    return thetas.repeat_interleave(cu_seqlens.diff(), output_size=n_tokens)[:, None, None]
+
+
 def rotary_of(
-    positions: Tensor, theta: float, divisors: tuple[float, ...] | None, head_dim: int, dtype: torch.dtype
+    positions: Tensor, theta: float | Tensor, divisors: tuple[float, ...] | None, head_dim: int, dtype: torch.dtype
 ) -> Rotary:
     """Compute the rotary angles of the given positions (arXiv 2104.09864), in max(fp32, dtype).
 
-    positions: (T,) int64.  divisors: of the head_dim / 2 frequencies.  Returns two (T, 1, head_dim / 2).
+    positions: (T,) int64.  theta: one base, or (T, 1, 1).  divisors: of the head_dim / 2 frequencies.
+    Returns two (T, 1, head_dim / 2).
     """
     wide = torch.promote_types(dtype, torch.float32)
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim)

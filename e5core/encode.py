@@ -28,11 +28,12 @@ import e5kernels.rope
 import e5kernels.swiglu
 from e5core.adapter import read_adapter
 from e5core.batches import CHARACTERS, deal, document_text, pack, query_text
-from e5core.checkpoint import Card, check_files
+from e5core.checkpoint import check_files
 from e5core.distributed import ALONE, World, alone, finish, gather_rows, largest, log, log_error, start, sum_over_ranks
 from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype, unit_prefix
 from e5core.metrics import TextProgress
 from e5core.records import checked_text, parse_object, read_lines, required
+from e5core.rope_scaling import AS_TRAINED, LongContext, add_options, chosen_context
 from e5core.sharding import Strategy
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.trained import DEFAULT_MAX_TOKENS, adapter_folder, check_base, find_card, lora_of
@@ -98,7 +99,7 @@ class Encoder:
         # Encoding XQuAD's documents with SmolLM2 on 2 AVX2 cores: 534 tokens/s at 1,024, 490 at 4,096 (caches).
         self.batch_tokens = 1024 if device.type == "cpu" else 16384
         # Elsewhere attention goes text by text, and keys that are not the queries' own would cost a mask for each.
-        self.share_prefix = config.causal and model.pooling == "last" and device.type == "cpu"
+        self.share_prefix = config.shares_beginnings and model.pooling == "last" and device.type == "cpu"
         self.n_truncated = 0  # texts cut to max_tokens so far
         self.golden: np.ndarray | None = None  # vectors of GOLDEN_TEXTS stored with the model
         self.golden_tolerance = 0.0  # what a cosine to them may lack of 1
@@ -114,6 +115,7 @@ class Encoder:
         strategy: Strategy = "auto",
         base: str | None = None,
         dimensions: int | None = None,
+        context: LongContext = AS_TRAINED,
     ) -> "Encoder":
         """Load a run folder, a checkpoint or another adapter, a Hugging Face folder or a .gguf file.
 
@@ -122,6 +124,7 @@ class Encoder:
         strategy: how the model is sharded over them (sharding.py).
         base: where an adapter's base model lies; None: where the adapter says.
         dimensions: how many numbers of an embedding are kept, the first ones, of unit length again; None: all.
+        context: positions for longer texts than the model was trained on (rope_scaling.py).
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
         folder = adapter_folder(Path(model))
@@ -130,7 +133,7 @@ class Encoder:
         if folder is None:
             path = resolve_model(model)
             chosen, _ = settle_dtype(dtype, world)
-            held = {"strategy": strategy, "world": world}
+            held = {"strategy": strategy, "world": world, "context": context}
             built = build_model(path, chosen, device, causal=True, lora=None, seed=0, **held)
             default = min(DEFAULT_MAX_TOKENS, built.backbone.config.max_positions)
             length = default if max_tokens is None else max_tokens
@@ -142,9 +145,12 @@ class Encoder:
         tokenizer.check_contract(card.tokenizer_contract)
         chosen, _ = settle_dtype(cast(Dtype, card.dtype) if dtype == "auto" else dtype, world)
         length = card.max_tokens if max_tokens is None else max_tokens
-        built = _with_adapter(path, folder, card, chosen, strategy, world)
+        held = {"strategy": strategy, "world": world, "context": context}
+        causal, pooling = card.causal, card.pooling
+        built = build_model(path, chosen, device, causal=causal, pooling=pooling, lora=lora_of(card), seed=0, **held)
+        read_adapter(folder, built.backbone, built.put)
         encoder = cls(built, tokenizer, device, length, world, dimensions)
-        if (folder / "golden.npy").is_file() and encoder.dim == built.backbone.config.dim:
+        if (folder / "golden.npy").is_file() and dimensions is None and context == AS_TRAINED:
             encoder.golden = np.load(folder / "golden.npy", allow_pickle=False)
         encoder.golden_tolerance = 1e-3 if "bfloat16" in (card.dtype, str(chosen).removeprefix("torch.")) else 1e-5
         return encoder
@@ -213,7 +219,7 @@ class Encoder:
         Raises ValueError for a model without stored vectors.
         """
         if self.golden is None:
-            raise ValueError("this model has no golden vectors; only what e5core trained can be checked, and whole")
+            raise ValueError("this model has no golden vectors; only what e5core trained can be checked, as it was")
         return float((self.golden_vectors() * self.golden).sum(axis=1).min())
 
 
@@ -239,15 +245,6 @@ def describe_device(device: torch.device) -> str:
     faces = "; ".join(f"{face}: {', '.join(names)}" for face, names in ops.items())
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return f"device {named}; torch {torch.__version__}; {faces}"
-
-
-def _with_adapter(
-    path: Path, folder: Path, card: Card, dtype: torch.dtype, strategy: Strategy, world: World
-) -> EmbeddingModel:
-    held = {"pooling": card.pooling, "strategy": strategy, "world": world}
-    model = build_model(path, dtype, world.device, causal=card.causal, lora=lora_of(card), seed=0, **held)
-    read_adapter(folder, model.backbone, model.put)
-    return model
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -307,19 +304,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, help="cut texts to this many tokens (default: the run's, else 512)")
     parser.add_argument("--dimensions", type=int, help="keep this many numbers of each vector, of unit length again")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_options(parser)
     parser.add_argument("--selfcheck", action="store_true", help="compare with the vectors stored by the training run")
     arguments = parser.parse_args(argv)
     if (arguments.input is None) != (arguments.output is None) or not (arguments.selfcheck or arguments.input):
         parser.error("--input and --output are needed together (or --selfcheck alone)")
-    if arguments.selfcheck and (arguments.max_tokens, arguments.dimensions) != (None, None):
-        parser.error("--selfcheck takes the run's own lengths, so --max-tokens and --dimensions do not go with it")
+    context = chosen_context(arguments)
+    if arguments.selfcheck and (arguments.max_tokens, arguments.dimensions, context) != (None, None, AS_TRAINED):
+        parser.error("--selfcheck takes the run's own length and positions, so no other option goes with it")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         parser.error(f"--output: no folder {arguments.output.parent}")
     try:
         world = start()
         log(describe_device(world.device))
         chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions")}
-        encoder = Encoder.load(arguments.model, world=world, **chosen)
+        encoder = Encoder.load(arguments.model, world=world, context=context, **chosen)
         log(encoder.tokenizer.describe())
         if arguments.selfcheck and not _selfcheck(encoder):
             finish()

@@ -21,6 +21,7 @@ from e5core.batches import MicroBatch
 from e5core.distributed import ALONE, World, log, share
 from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora
 from e5core.recompute import Policy, apply_recompute
+from e5core.rope_scaling import AS_TRAINED, LongContext, lengthened
 from e5core.sharding import Shards, Strategy, settle_strategy, shard
 from e5core.weights import give_dtypes, load_weights, read_config
 
@@ -131,13 +132,14 @@ def build_model(
     recompute: Policy = "none",
     strategy: Strategy = "none",
     world: World = ALONE,
+    context: LongContext = AS_TRAINED,
 ) -> EmbeddingModel:
     """Load a backbone from its files and put fresh adapters on it (none for lora=None).
 
-    strategy: how it is sharded over the ranks of `world`, which must all call this.
-    Raises what weights.read_config, weights.load_weights and sharding.shard raise.
+    strategy: how it is sharded over the ranks of `world`, which must all call this.  context: changes its positions.
+    Raises what weights.read_config, rope_scaling.lengthened, weights.load_weights and sharding.shard raise.
     """
-    config = read_config(path, causal=causal)
+    config = lengthened(read_config(path, causal=causal), context)
     with torch.device("meta"):
         model = EmbeddingModel(config, lora, recompute, pooling)
     give_dtypes(model.backbone, dtype)

@@ -38,6 +38,7 @@ from e5core.encode import Encoder, ShownEncoder, describe_device
 from e5core.mteb_model import TaskFailure, find_tasks, identify, results_folder, run_tasks
 from e5core.mteb_tasks import read_table
 from e5core.records import nearest
+from e5core.rope_scaling import add_options, chosen_context
 from e5core.testsets import METRICS, Classification, Clustering, EvalSet, Pairs, Reranking, Retrieval, Texts, read_sets
 
 N_NEAREST = 100
@@ -298,7 +299,7 @@ def _run(arguments: argparse.Namespace) -> None:
     world = start()
     tasks = find_tasks(arguments.mteb, given) if arguments.mteb and world.is_main else {}
     chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions")}
-    encoder = Encoder.load(arguments.model, world=world, **chosen)
+    encoder = Encoder.load(arguments.model, world=world, context=chosen_context(arguments), **chosen)
     log(describe_device(encoder.device))
     scores: dict[str, float] = {}
     for eval_set, texts in sets:
@@ -379,6 +380,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dimensions", metavar="D", type=_positive, help="score the first D numbers of each vector")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (auto)")
+    add_options(parser)
     parser.add_argument("--out", metavar="R.json", type=Path, help="write the scores to this file")
     return parser
 

@@ -44,6 +44,7 @@ FLOORS = (
             "families",
             "lora",
             "recompute",
+            "rope_scaling",
             "sharding",
             "weights",
             "mixture",

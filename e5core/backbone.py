@@ -215,7 +215,9 @@ class Backbone(nn.Module):
         """
         config = self.config
         if n_shared and not config.shares_beginnings:
-            raise ValueError(f"a beginning of {n_shared} tokens depends on what follows it and cannot be shared")
+            raise ValueError(
+                f"a beginning of {n_shared} tokens cannot be shared under bidirectional attention or dynamic scaling"
+            )
         x = self.tok_embeddings(tokens)  # (T, D)
         if config.embedding_scale != 1.0:
             x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)  # rounded, as transformers'

@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--input and --output are needed together (or --selfcheck alone)")
     context = chosen_context(arguments)
     if arguments.selfcheck and (arguments.max_tokens, arguments.dimensions, context) != (None, None, AS_TRAINED):
-        parser.error("--selfcheck takes the run's own length and positions, so no other option goes with it")
+        parser.error("--selfcheck takes the run's own length and positions, so no option for these goes with it")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         parser.error(f"--output: no folder {arguments.output.parent}")
     try:

@@ -9,11 +9,12 @@ million texts are encoded.
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -28,15 +29,28 @@ import e5kernels.rope
 import e5kernels.swiglu
 from e5core.adapter import read_adapter
 from e5core.batches import CHARACTERS, deal, document_text, pack, query_text
-from e5core.checkpoint import check_files
-from e5core.distributed import ALONE, World, alone, finish, gather_rows, largest, log, log_error, start, sum_over_ranks
+from e5core.checkpoint import Card, check_files
+from e5core.distributed import (
+    ALONE,
+    World,
+    alone,
+    finish,
+    gather_rows,
+    largest,
+    log,
+    log_error,
+    share,
+    start,
+    sum_over_ranks,
+)
 from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype, unit_prefix
 from e5core.metrics import TextProgress
 from e5core.records import checked_text, parse_object, read_lines, required
 from e5core.rope_scaling import AS_TRAINED, LongContext, add_options, chosen_context
 from e5core.sharding import Strategy
 from e5core.tokenizer import Tokenizer, TokenizerConfig
-from e5core.trained import DEFAULT_MAX_TOKENS, adapter_folder, check_base, find_card, lora_of
+from e5core.trained import DEFAULT_MAX_TOKENS, adapter_folder, check_base, find_card, identity, lora_of
+from e5core.vector_shards import Form, VectorFile
 from e5core.weights import resolve_model
 
 OPS = (
@@ -103,6 +117,11 @@ class Encoder:
         self.n_truncated = 0  # texts cut to max_tokens so far
         self.golden: np.ndarray | None = None  # vectors of GOLDEN_TEXTS stored with the model
         self.golden_tolerance = 0.0  # what a cosine to them may lack of 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.model.parameters()).dtype
 
     @classmethod
     def load(
@@ -260,35 +279,46 @@ def read_texts(path: Path) -> Iterator[str]:
         yield " ".join(parts).strip()
 
 
-def encode_file(encoder: Encoder, source: Path, output: Path, task: str | None) -> int:
-    """Encode a file of texts into a .npy of (n, dim) float32, in memory that does not grow with n.  Returns n.
+def encode_file(
+    encoder: Encoder, source: Path, output: Path, task: str | None, form: Form = "float32", model: str = ""
+) -> int:
+    """Encode a file of texts into a .npy of (n, dim), in memory that does not grow with n.  Returns n.
 
-    Rank 0 writes it; all ranks read the texts.
+    Rank 0 writes it; all ranks read the texts. A call that is cut off leaves its whole shards, and the same call goes
+    on behind them; on as many ranks as before, with the same bytes.
+    form: of the numbers in the file (vector_shards.py).  model: what names the weights, by hash.
+    Raises ValueError where what was cut off was of other texts, another model or other settings.
     """
-    n_texts = sum(1 for _ in read_texts(source))
+    n_texts, digest = 0, hashlib.blake2b(digest_size=16)
+    for text in read_texts(source):
+        n_texts += 1
+        digest.update(text.encode() + b"\n\0")
     if n_texts == 0:
         raise ValueError(f"{source}: no text in it")
-    if not encoder.world.is_main:
-        for _ in _vectors(encoder, source, task, None):
+    world = encoder.world
+    if not world.is_main:
+        for _ in _vectors(encoder, source, task, share(0, world)[0], None):
             pass
         return n_texts
-    partial = output.with_name(f".partial_{output.name}")
-    shape = (n_texts, encoder.dim)
-    try:
-        with open(partial, "wb") as file:  # written, not mapped: a full disk raises OSError instead of killing us
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            with TextProgress(n_texts) as progress:
-                for vectors in _vectors(encoder, source, task, progress):
-                    file.write(vectors.astype("<f4").tobytes())
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    made_of = {"texts": digest.hexdigest(), "model": model, "dtype": str(encoder.dtype), "task": task}
+    sizes = repr(encoder.model.backbone.config)  # and positions, which a LongContext changes
+    made_of |= {"max_tokens": encoder.max_tokens, "backbone": hashlib.blake2b(sizes.encode(), digest_size=16).hexdigest()}
+    with VectorFile(output, (n_texts, encoder.dim), form, made_of) as file:
+        first = share(file.n_done, world)[0]
+        if first:
+            log(f"going on with {output} behind {first:,} of {n_texts:,} vectors")
+        if first < n_texts:
+            with TextProgress(n_texts - first) as progress:
+                for vectors in _vectors(encoder, source, task, first, progress):
+                    file.append(vectors)
+        file.finish()
     return n_texts
 
 
-def _vectors(encoder: Encoder, source: Path, task: str | None, progress: TextProgress | None) -> Iterator[np.ndarray]:
-    texts = read_texts(source)
+def _vectors(
+    encoder: Encoder, source: Path, task: str | None, first: int, progress: TextProgress | None
+) -> Iterator[np.ndarray]:
+    texts = islice(read_texts(source), first, None)
     while piece := list(islice(texts, CHUNK * encoder.world.world_size)):
         yield encoder.encode(piece, task, progress=progress)
 
@@ -299,7 +329,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="run folder, adapter folder, Hugging Face folder or .gguf file")
     parser.add_argument("--base", metavar="PATH", help="base model of an adapter (default: where the adapter says)")
     parser.add_argument("--input", type=Path, help='JSON lines with a "text" each')
-    parser.add_argument("--output", type=Path, help=".npy file to write, (n, dim) float32, unit rows")
+    parser.add_argument(
+        "--output", type=Path, help=".npy file to write, (n, dim), unit rows; goes on where it was cut off"
+    )
+    parser.add_argument("--vectors", choices=get_args(Form), default="float32", help="int8: scales in .scales.npy")
+    parser.add_argument("--strategy", choices=get_args(Strategy), default="auto", help="how ranks hold the model")
     parser.add_argument("--task", help="instruction, for queries; documents have none")
     parser.add_argument("--max-tokens", type=int, help="cut texts to this many tokens (default: the run's, else 512)")
     parser.add_argument("--dimensions", type=int, help="keep this many numbers of each vector, of unit length again")
@@ -317,14 +351,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         world = start()
         log(describe_device(world.device))
-        chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions")}
+        chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions", "strategy")}
         encoder = Encoder.load(arguments.model, world=world, context=context, **chosen)
         log(encoder.tokenizer.describe())
         if arguments.selfcheck and not _selfcheck(encoder):
             finish()
             return 1
         if arguments.input is not None:
-            n_texts = encode_file(encoder, arguments.input, arguments.output, arguments.task)
+            model = identity(arguments.model, arguments.base) if world.is_main else ""
+            given = (arguments.input, arguments.output, arguments.task, arguments.vectors, model)
+            n_texts = encode_file(encoder, *given)
             log(f"wrote {arguments.output}: {n_texts:,} vectors; {encoder.n_truncated:,} texts were truncated")
     except (ValueError, OSError, FloatingPointError) as error:
         log_error(f"e5core.encode: {error}")

@@ -4,6 +4,7 @@ An adapter that others made, with PEFT, has no e5core.json: it is taken as one o
 find_card makes up for it.
 """
 
+import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def find_card(folder: Path, base: str | None = None) -> Card:
         return _others_card(folder, base)
     card = read_card(folder)
     return card if base is None else replace(card, base_path=base)
+
+
+def identity(model: str, base: str | None = None) -> str:
+    """Hash the weights that a path means, and an adapter's (sha256, hex).  Raises as find_card does."""
+    folder = adapter_folder(Path(model))
+    if folder is None:
+        return fingerprint(resolve_model(model))
+    with open(folder / "adapter_model.safetensors", "rb") as file:
+        adapter = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{find_card(folder, base).base_sha256}+{adapter}"
 
 
 def lora_of(card: Card) -> LoraConfig:

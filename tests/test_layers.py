@@ -35,6 +35,7 @@ FLOORS = (
             "progress",
             "records",
             "tokenizer",
+            "vector_shards",
         },
     ),
     (

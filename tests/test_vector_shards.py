@@ -1,0 +1,134 @@
+"""Vectors in a file: cut off anywhere, gone on with to the same bytes; other work is refused by name."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import save_embedder
+from scoring import ROOT
+
+import e5core.encode
+from e5core.vector_shards import VectorFile, quantise, scales_path
+
+FORMS = ("float32", "float16", "int8")
+each_form = pytest.mark.parametrize("form", FORMS)
+SMALL_SHARDS = """
+import sys, torch, e5core.encode
+e5core.encode.CHUNK = 16
+torch.set_num_threads(1)
+sys.exit(e5core.encode.main(sys.argv[1:]))
+"""
+
+
+def unit_rows(n: int, dim: int) -> np.ndarray:
+    rows = np.random.default_rng(0).normal(size=(n, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def write(output: Path, vectors: np.ndarray, form: str, until: int | None = None, **made_of: str) -> None:
+    with VectorFile(output, vectors.shape, form, made_of) as file:
+        for first in range(file.n_done, len(vectors) if until is None else until, 10):
+            file.append(vectors[first : first + 10])
+        if until is None:
+            file.finish()
+
+
+@each_form
+def test_vectors_come_back_within_what_their_form_can_hold(tmp_path: Path, form: str) -> None:
+    vectors, output = unit_rows(35, 24), tmp_path / "v.npy"
+    vectors[7] = 0
+    write(output, vectors, form)
+    stored = np.load(output, mmap_mode="r", allow_pickle=False)
+    assert stored.shape == (35, 24) and str(stored.dtype) == form
+    if form == "int8":
+        scales = np.load(scales_path(output), mmap_mode="r")
+        allowed = scales[:, None] * (0.5 + 1e-4)
+        assert scales.dtype == np.float32 and np.all(np.abs(stored * scales[:, None] - vectors) <= allowed)
+        assert np.all(np.abs(stored).max(axis=1)[np.arange(35) != 7] == 127)
+    else:
+        assert np.array_equal(stored, vectors.astype(form))
+    assert {path.name for path in tmp_path.iterdir()} == {"v.npy"} | ({"v.scales.npy"} if form == "int8" else set())
+
+
+def test_int8_keeps_the_cosines_of_real_dimensions() -> None:
+    vectors = unit_rows(200, 576)
+    whole, scales = quantise(vectors)
+    decoded = whole * scales[:, None]
+    cosines = (decoded * vectors).sum(axis=1) / np.linalg.norm(decoded, axis=1)
+    assert cosines.min() > 0.9999
+
+
+@each_form
+@pytest.mark.parametrize("harm", ["none", "torn data", "torn journal", "flipped bit"])
+def test_what_was_cut_off_goes_on_to_the_same_bytes(tmp_path: Path, form: str, harm: str) -> None:
+    vectors, output = unit_rows(64, 24), tmp_path / "v.npy"
+    write(tmp_path / "whole.npy", vectors, form)
+    write(output, vectors, form, until=40)
+    data, journal = tmp_path / ".partial_v.npy", tmp_path / ".partial_v.npy.jsonl"
+    if harm == "torn data":
+        os.truncate(data, data.stat().st_size - 7)
+    elif harm == "torn journal":
+        os.truncate(journal, journal.stat().st_size - 7)
+    elif harm == "flipped bit":
+        content = bytearray(data.read_bytes())
+        content[-25 * 24] ^= 1
+        data.write_bytes(content)
+    n_bytes = data.stat().st_size
+    with VectorFile(output, vectors.shape, form, {}) as file:
+        assert file.n_done == {"none": 40, "flipped bit": {"int8": 10, "float16": 20, "float32": 30}[form]}.get(
+            harm, 30
+        )
+        assert (data.stat().st_size < n_bytes) == (harm in ("torn journal", "flipped bit", "torn data"))
+    write(output, vectors, form)
+    assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    if form == "int8":
+        assert scales_path(output).read_bytes() == scales_path(tmp_path / "whole.npy").read_bytes()
+
+
+def test_other_work_under_the_same_name_is_refused_by_name(tmp_path: Path) -> None:
+    vectors, output = unit_rows(64, 24), tmp_path / "v.npy"
+    write(output, vectors, "float32", until=40, model="a", texts="b")
+    for form, made_of in (("float32", {"model": "c", "texts": "b"}), ("float16", {"model": "a", "texts": "b"})):
+        with pytest.raises(ValueError, match="model was 'a', is 'c'|vectors was 'float32', is 'float16'"):
+            VectorFile(output, vectors.shape, form, made_of)
+    with VectorFile(output, vectors.shape, "float32", {"model": "a", "texts": "b"}) as file:
+        assert file.n_done == 40
+
+
+def test_encode_killed_by_kill_9_goes_on_to_the_bytes_of_an_undisturbed_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, source = save_embedder(tmp_path / "model"), tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": f"text {i} " + "word " * (i % 37)}) + "\n" for i in range(1000)]
+    source.write_text("".join(lines))
+    options = [str(model), "--dtype", "float32", "--vectors", "int8", "--input", str(source), "--output"]
+    killed, whole = tmp_path / "killed.npy", tmp_path / "whole.npy"
+    journal = tmp_path / ".partial_killed.npy.jsonl"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    with subprocess.Popen([sys.executable, "-c", SMALL_SHARDS, *options, str(killed)], env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not (journal.is_file() and journal.read_text().count("\n") > 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not killed.exists()
+    monkeypatch.setattr(e5core.encode, "CHUNK", 16)
+    source.write_text("".join(lines[1:] + lines[:1]))
+    assert e5core.encode.main([*options, str(killed)]) == 2
+    assert "killed.npy was begun with other things: texts was" in capfd.readouterr().err
+    source.write_text("".join(lines))
+    other = save_embedder(tmp_path / "other", n_layers=3)
+    assert e5core.encode.main([str(other), *options[1:], str(killed)]) == 2
+    assert "begun with other things: model was" in capfd.readouterr().err
+    assert e5core.encode.main([*options, str(killed)]) == 0
+    assert "going on with" in capfd.readouterr().err
+    assert e5core.encode.main([*options, str(whole)]) == 0
+    assert killed.read_bytes() == whole.read_bytes()
+    assert scales_path(killed).read_bytes() == scales_path(whole).read_bytes()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".partial")]

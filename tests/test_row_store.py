@@ -139,6 +139,8 @@ def test_the_paper_s_mixture_is_shipped_whole() -> None:
     small = load_config(Config, ROOT / "configs/e5_mistral_synthetic_msmarco.toml").data.sources
     assert small == (config.data.sources[0], public["msmarco_passage"])
     assert load_config(Config, ROOT / "configs/e5_mistral_synthetic.toml").data.sources == small[:1]
+    for name, sources in (("public", config.data.sources[1:]), ("msmarco", small[1:])):
+        assert load_config(Config, ROOT / f"configs/e5_mistral_{name}.toml").data.sources == sources
 
 
 def test_check_shows_what_the_model_will_see_and_what_is_missing(
@@ -163,6 +165,16 @@ def test_check_shows_what_the_model_will_see_and_what_is_missing(
         Path("fever.hidden").rename(hidden)
     said = capfd.readouterr().err
     assert "missing: no such file: data/e5/fever.jsonl" in said and "14 of 15 sources are there" in said
+    for name, n_sources in (("public", 14), ("msmarco", 1)):
+        assert main(["check", str(ROOT / f"configs/e5_mistral_{name}.toml"), *command[2:]]) == 0
+        assert f"{n_sources} of {n_sources} sources are there" in capfd.readouterr().err
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir(e5_folder / "data")
+            assert (
+                main(["check", str(ROOT / f"configs/e5_mistral_{name}.toml"), f"backbone.path={e5_folder / 'model'}"])
+                == 1
+            )
+        assert "missing: no such file: data/e5/msmarco_passage.jsonl" in capfd.readouterr().err
 
 
 def test_build_makes_every_store_once_and_training_reads_them(

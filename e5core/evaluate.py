@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 import pytrec_eval
@@ -39,6 +39,7 @@ from e5core.mteb_model import TaskFailure, find_tasks, identify, results_folder,
 from e5core.mteb_tasks import read_table
 from e5core.records import nearest
 from e5core.rope_scaling import add_options, chosen_context
+from e5core.sharding import Strategy
 from e5core.testsets import METRICS, Classification, Clustering, EvalSet, Pairs, Reranking, Retrieval, Texts, read_sets
 
 N_NEAREST = 100
@@ -298,7 +299,7 @@ def _run(arguments: argparse.Namespace) -> None:
     folder = results_folder(arguments.model, arguments.mteb_folder) if arguments.mteb else Path()
     world = start()
     tasks = find_tasks(arguments.mteb, given) if arguments.mteb and world.is_main else {}
-    chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions")}
+    chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions", "strategy")}
     encoder = Encoder.load(arguments.model, world=world, context=chosen_context(arguments), **chosen)
     log(describe_device(encoder.device))
     scores: dict[str, float] = {}
@@ -381,6 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dimensions", metavar="D", type=_positive, help="score the first D numbers of each vector")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights (auto)")
     add_options(parser)
+    parser.add_argument("--strategy", choices=get_args(Strategy), default="auto", help="how ranks hold the model")
     parser.add_argument("--out", metavar="R.json", type=Path, help="write the scores to this file")
     return parser
 

@@ -299,7 +299,7 @@ def test_the_commands_run_under_torchrun(config_file: Path, tmp_path: Path) -> N
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["pairs/spearman"]
     pairs = config_file.parent / "pairs.jsonl"
     evaluation = [str(run), "--sts", str(pairs), *small_sets(tmp_path / "sets"), "--out"]
-    done = torchrun(3, "-m", "e5core.evaluate", *evaluation, str(tmp_path / "3.json"))
+    done = torchrun(3, "-m", "e5core.evaluate", "--strategy", "full", *evaluation, str(tmp_path / "3.json"))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 5
     assert evaluate.main([*evaluation, str(tmp_path / "1.json")]) == 0
@@ -308,7 +308,7 @@ def test_the_commands_run_under_torchrun(config_file: Path, tmp_path: Path) -> N
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:2]))
     encoding = [str(run), "--input", str(texts), "--selfcheck", "--output"]
-    done = torchrun(3, "-m", "e5core.encode", *encoding, str(tmp_path / "3.npy"))
+    done = torchrun(3, "-m", "e5core.encode", "--strategy", "full", *encoding, str(tmp_path / "3.npy"))
     assert done.returncode == 0 and "selfcheck passed" in done.stderr, done.stderr
     assert encode.main([*encoding, str(tmp_path / "1.npy")]) == 0
     one, three = (np.load(tmp_path / f"{n}.npy") for n in (1, 3))

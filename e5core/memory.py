@@ -140,8 +140,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _loss_bytes(sizes: Sizes, load: Load, wide: int, device: torch.device) -> int:
     rows = 2 * (load.queries + load.candidates) * sizes.config.dim * wide  # and their gradients
-    dense = load.queries * load.candidates if infonce.face(device) == "reference" else 0
-    return rows + dense * (3 * wide + 3)  # scores and two forms of the logits, three masks
+    dense = load.queries * load.candidates
+    if infonce.face(device) == "reference":
+        return rows + dense * (3 * wide + 3)  # scores and two forms of the logits, three masks
+    block = min(dense * wide, infonce.BLOCK_BYTES) if infonce.rows_suit(load.candidates) else 0
+    return rows + (1 + infonce.BLOCK_EXTRA) * block
 
 
 class _Tokens:

@@ -302,7 +302,10 @@ def encode_file(
         return n_texts
     made_of = {"texts": digest.hexdigest(), "model": model, "dtype": str(encoder.dtype), "task": task}
     sizes = repr(encoder.model.backbone.config)  # and positions, which a LongContext changes
-    made_of |= {"max_tokens": encoder.max_tokens, "backbone": hashlib.blake2b(sizes.encode(), digest_size=16).hexdigest()}
+    made_of |= {
+        "max_tokens": encoder.max_tokens,
+        "backbone": hashlib.blake2b(sizes.encode(), digest_size=16).hexdigest(),
+    }
     with VectorFile(output, (n_texts, encoder.dim), form, made_of) as file:
         first = share(file.n_done, world)[0]
         if first:

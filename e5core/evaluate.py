@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, get_args
 
@@ -300,7 +301,8 @@ def _run(arguments: argparse.Namespace) -> None:
     world = start()
     tasks = find_tasks(arguments.mteb, given) if arguments.mteb and world.is_main else {}
     chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions", "strategy")}
-    encoder = Encoder.load(arguments.model, world=world, context=chosen_context(arguments), **chosen)
+    context = chosen_context(arguments)
+    encoder = Encoder.load(arguments.model, world=world, context=context, **chosen)
     log(describe_device(encoder.device))
     scores: dict[str, float] = {}
     for eval_set, texts in sets:
@@ -308,8 +310,8 @@ def _run(arguments: argparse.Namespace) -> None:
         scores |= score_set(ShownEncoder(encoder), eval_set, texts)
     failures: dict[str, str] = {}
     if arguments.mteb:
-        sizes = (encoder.model.backbone.config.dim, encoder.max_tokens)
-        identity = identify(arguments.model, *sizes, {"max_tokens": arguments.max_tokens, "dtype": arguments.dtype})
+        settings = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "dimensions")} | asdict(context)
+        identity = identify(arguments.model, encoder.dim, encoder.max_tokens, settings)
         more, failures = run_tasks(tasks, ShownEncoder(encoder).encode, world, identity, folder, given)
         scores |= more
     log(f"{encoder.n_truncated:,} texts were cut to {encoder.max_tokens} tokens")

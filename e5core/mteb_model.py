@@ -43,7 +43,7 @@ class Identity:
     revision: str  # other weights, another revision
     dim: int
     max_tokens: int
-    settings: Mapping[str, str | int]  # that are not the model's own: its results lie apart, as MTEB's "experiments"
+    settings: Mapping[str, str | float]  # that are not the model's own: its results lie apart, as MTEB's "experiments"
 
 
 def results_folder(model: str, chosen: Path | None) -> Path:
@@ -54,7 +54,7 @@ def results_folder(model: str, chosen: Path | None) -> Path:
     return home / "mteb" if chosen is None else chosen
 
 
-def identify(model: str, dim: int, max_tokens: int, settings: Mapping[str, str | int | None]) -> Identity:
+def identify(model: str, dim: int, max_tokens: int, settings: Mapping[str, str | float | None]) -> Identity:
     """Name a model by its path and weights.  settings: None and "auto" are the model's own."""
     own = {key: value for key, value in settings.items() if value not in (None, "auto")}
     name = f"e5core/{(home_of(model) or Path(model)).resolve().name}"

@@ -29,7 +29,7 @@ import e5kernels.rope
 import e5kernels.swiglu
 from e5core.adapter import read_adapter
 from e5core.batches import CHARACTERS, deal, document_text, pack, query_text
-from e5core.checkpoint import Card, check_files
+from e5core.checkpoint import check_files
 from e5core.distributed import (
     ALONE,
     World,

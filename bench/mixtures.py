@@ -53,6 +53,7 @@ class Cell:
     in_batch: bool = True  # of the labelled sets
     mined: bool = False  # labelled rows with a hard negative each
     instructed: bool = True  # in training and in the scoring
+    settings: tuple[str, ...] = ()  # section.key=value
 
 
 CELLS = {
@@ -68,6 +69,10 @@ CELLS = {
     "labelled, homogeneous batches": Cell(synthetic=0.0, composition="homogeneous"),
     "synthetic, no instructions": Cell(synthetic=1.0, instructed=False),
     "labelled, no instructions": Cell(synthetic=0.0, instructed=False),
+    "synthetic, mean pooling": Cell(synthetic=1.0, settings=('backbone.pooling="mean"',)),
+    "synthetic, weighted mean pooling": Cell(synthetic=1.0, settings=('backbone.pooling="weighted_mean"',)),
+    "synthetic, bidirectional": Cell(synthetic=1.0, settings=("backbone.causal=false",)),
+    "synthetic, matryoshka": Cell(synthetic=1.0, settings=("loss.matryoshka=[64, 576]",)),
 }
 
 
@@ -99,7 +104,8 @@ def run_cell(name: str, seed: int, work: Path) -> None:
     run.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(config_text(cell, work), encoding="utf-8")
     if not (run / f"step_{STEPS}").is_dir():
-        run_module("e5core.train", str(config), f"train.run={run}", f"train.seed={seed}", "train.overwrite=true")
+        changes = (f"train.run={run}", f"train.seed={seed}", "train.overwrite=true", *cell.settings)
+        run_module("e5core.train", str(config), *changes)
     scores = evaluate(str(run), cell, work, run / "dev.json")
     row = {"bench": "mixtures", "cell": name, "seed": seed, "steps": STEPS, "batch": BATCH, "scores": scores}
     record(row, torch.device("cpu"), results)

@@ -7,7 +7,7 @@ export PYTHONPATH=.:kernels
 out=${OUT:-bench/results}
 
 python -c 'import torch; assert torch.cuda.is_available(), "no GPU here"; print(torch.cuda.get_device_name())'
-python -m pytest -q -p no:cacheprovider -m "gpu or not slow" tests/test_infonce.py tests/test_last_token.py tests/test_*_triton.py
+python -m pytest -q -p no:cacheprovider -m "gpu or not slow" tests/test_infonce*.py tests/test_last_token.py tests/test_*_triton.py
 python -m pytest -q -p no:cacheprovider -m gpu tests
 python -m pytest -q -p no:cacheprovider tests/test_shipped_configs.py # a tiny model of every family, trained on the GPU
 python -m bench.train_step --device cuda --batch 64 --micro-batch-tokens 8192 --out "$out/train_step.jsonl"

@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from tolerances import assert_fp32, assert_twice
 from torch import Tensor
 
-from e5kernels.infonce import (
-    InfoNCE,
-    Relations,
-    face,
-    infonce,
-    infonce_reference,
-    infonce_rows,
-    infonce_triton,
-)
+from e5kernels.infonce import InfoNCE, Relations, face, infonce, infonce_reference, infonce_rows, infonce_triton
 from e5kernels.infonce_triton import TILE, infonce_backward, infonce_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

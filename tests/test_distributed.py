@@ -15,8 +15,8 @@ import torch
 from models import moments, save_embedder
 from rank_laws import BUDGETS, TEXTS, again, cut_to, measured, text, trainings
 from ranks import free_port, run_ranks
-from runs import CONFIG, ROOT, SYNTHETIC
 from safetensors.torch import load_file, save_file
+from tiny_runs import CONFIG, ROOT, SYNTHETIC
 
 from e5core import checkpoint, encode, evaluate
 from e5core.batches import deal

@@ -13,9 +13,9 @@ import pytest
 import torch
 from gguf_files import SMOLLM2, smollm2
 from models import save_embedder
-from runs import CONFIG, SYNTHETIC
 from safetensors.torch import load_file, save_file
 from scoring import ROOT, on_terminal
+from tiny_runs import CONFIG, SYNTHETIC
 
 from e5core.encode import CHUNK, GOLDEN_TEXTS, Encoder, ShownEncoder, main
 from e5core.metrics import PLAIN_EVERY_S, TextProgress

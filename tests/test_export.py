@@ -18,8 +18,8 @@ from gguf_files import SMOLLM2, write_gguf
 from models import save_embedder, save_peer
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
-from runs import CONFIG, SYNTHETIC
 from safetensors.torch import load_file, save_file
+from tiny_runs import CONFIG, SYNTHETIC
 from tokenizer_texts import TEXTS
 from transformers import AutoModel, AutoModelForCausalLM
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fault_ranks import ended, started, wait_until
 from models import save_embedder
-from runs import CONFIG, ROOT, SYNTHETIC, batch_of, equal_bitwise, lines_of
+from tiny_runs import CONFIG, ROOT, SYNTHETIC, batch_of, equal_bitwise, lines_of
 from torch import nn
 
 from e5core import checkpoint

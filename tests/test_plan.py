@@ -15,7 +15,7 @@ import pytest
 import torch
 from faces import BUILT
 from models import SIZES, VARIANTS, randomised, save_embedder
-from runs import CONFIG, ROOT, SYNTHETIC, batch_of
+from tiny_runs import CONFIG, ROOT, SYNTHETIC, batch_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -9,8 +9,8 @@ import torch
 from loss_laws import CASES, WHOLE, pooled_model, step, steps
 from models import save_embedder, save_peer
 from ranks import run_ranks
-from runs import CONFIG, SYNTHETIC
 from test_backbone import LENGTHS, packed, relative
+from tiny_runs import CONFIG, SYNTHETIC
 from torch import Tensor
 
 from e5core.batches import pack

@@ -15,7 +15,7 @@ import pytest
 import torch
 from models import save_embedder
 from ranks import forkserver
-from runs import CONFIG, SYNTHETIC, equal_bitwise, lines_of, train_until
+from tiny_runs import CONFIG, SYNTHETIC, equal_bitwise, lines_of, train_until
 
 from e5core.batches import BatchConfig
 from e5core.checkpoint import step_folder, steps_of

@@ -9,9 +9,9 @@ import pytest
 import torch
 from faces import BUILT, DTYPES, threads
 from models import VARIANTS, save_embedder, save_peer
-from runs import CONFIG, SYNTHETIC, batch_of
 from safetensors.torch import load_file
 from test_backbone import load, packed
+from tiny_runs import CONFIG, SYNTHETIC, batch_of
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from browser import look
 from models import save_embedder
-from runs import CONFIG, SYNTHETIC
 from scoring import write_beir, write_lines
 from sklearn.metrics import roc_auc_score
+from tiny_runs import CONFIG, SYNTHETIC
 
 from e5core.drawing import MOST_POINTS, histogram, line_chart, nice_ticks, number
 from e5core.encode import Encoder

@@ -10,9 +10,9 @@ import pytest
 import torch
 from models import moments, save_embedder
 from ranks import run_ranks
-from runs import CONFIG, SYNTHETIC
 from safetensors.torch import load_file, save_file
 from shard_laws import BUDGETS, CASES, N_STEPS, four_ranks, fully_trained, loaded, training, two_ranks, vectors
+from tiny_runs import CONFIG, SYNTHETIC
 
 from e5core import checkpoint
 from e5core.distributed import ALONE

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from models import moments, save_embedder
-from runs import CONFIG, ROOT, SYNTHETIC, batch_of, equal_bitwise, lines_of, train_until, weights_of
 from safetensors.torch import load_file, save_file
 from test_backbone import relative
+from tiny_runs import CONFIG, ROOT, SYNTHETIC, batch_of, equal_bitwise, lines_of, train_until, weights_of
 
 from e5core import checkpoint
 from e5core.batches import GlobalBatch, MicroBatch

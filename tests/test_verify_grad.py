@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from models import save_embedder
-from runs import CONFIG, ROOT, SYNTHETIC
+from tiny_runs import CONFIG, ROOT, SYNTHETIC
 
 from e5core.verify_grad import main
 

@@ -111,7 +111,10 @@ class VectorFile:
             lines = []
         else:
             whole = self._journal.read_text(encoding="utf-8").rpartition("\n")[0]
-            lines = [json.loads(line) for line in whole.splitlines()]
+            try:
+                lines = [json.loads(line) for line in whole.splitlines()]
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{self._journal} is damaged ({error}); delete it to begin {output} again") from error
         different = [name for name in first if lines and lines[0].get(name) != first[name]]
         if different:
             listed = "; ".join(f"{name} was {lines[0].get(name)!r}, is {first[name]!r}" for name in different)

@@ -101,6 +101,15 @@ def test_other_work_under_the_same_name_is_refused_by_name(tmp_path: Path) -> No
         assert file.n_done == 40
 
 
+def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+    vectors, output = unit_rows(64, 24), tmp_path / "v.npy"
+    write(output, vectors, "float32", until=40, model="a")
+    journal = tmp_path / ".partial_v.npy.jsonl"
+    journal.write_text("{" + journal.read_text())
+    with pytest.raises(ValueError, match=r"\.partial_v\.npy\.jsonl is damaged .* delete it to begin"):
+        VectorFile(output, vectors.shape, "float32", {"model": "a"})
+
+
 def test_encode_killed_by_kill_9_goes_on_to_the_bytes_of_an_undisturbed_run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from loss_ranks import LOSSES, gradient_of_step, records, steps
 from models import save_embedder
 from ranks import run_ranks
 from test_backbone import relative
-from test_train import CONFIG, SYNTHETIC
+from tiny_runs import CONFIG, SYNTHETIC
 from torch import Tensor
 
 from e5core.batches import BatchConfig, GlobalBatch, build_batch, text_hash

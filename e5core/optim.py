@@ -1,7 +1,7 @@
 """AdamW (arXiv 1711.05101) with warm-up, linear decay and clipping by the global norm, on fp32 master parameters."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from torch import nn
 from e5core.distributed import ALONE, World, share, sum_over_ranks
 from e5core.sharding import Slice
 
+GROUP_BYTES = 64 * 2**20  # of parameters that are updated at once
 _MOMENTS = tuple(enumerate(("first", "second")))
 
 
@@ -54,6 +55,7 @@ class AdamW:
         self._world = world
         self.n_updates = 0
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.parameters.items()}
+        self._groups = list(_grouped(self.parameters))
 
     def clip_gradients(self) -> float:
         """Scale the gradients so that their global norm is at most `clip`.  Returns the norm before.
@@ -64,32 +66,39 @@ class AdamW:
         absent = [name for name, g in gradients.items() if g is None]
         if absent:
             raise RuntimeError(f"no gradient reached {len(absent)} trainable tensors, first of them {absent[0]}")
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
         norm = sum_over_ranks(norm.square(), self._world).sqrt().item() if self._places else norm.item()
         if not math.isfinite(norm):
             broken = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
             broken = list(dict.fromkeys(name for own in share(broken, self._world) for name in own))
             raise FloatingPointError(f"the gradient is not finite in {len(broken)} tensors, first of them {broken[0]}")
         if norm > self.config.clip:
-            for gradient in gradients.values():
-                gradient.mul_(self.config.clip / norm)
+            torch._foreach_mul_(list(gradients.values()), self.config.clip / norm)
         return norm
 
     @torch.no_grad()
     def update(self, lr: float) -> None:
         """Apply one step with the gradients in hand and drop them."""
-        c = self.config
         self.n_updates += 1
-        correction1, correction2 = 1 - c.beta1**self.n_updates, 1 - c.beta2**self.n_updates
-        for name, parameter in self.parameters.items():
-            first, second = self.moments[name]
-            gradient = parameter.grad
-            parameter.mul_(1 - lr * c.weight_decay)
-            first.lerp_(gradient, 1 - c.beta1)
-            second.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
-            denominator = (second.sqrt() / math.sqrt(correction2)).add_(c.eps)
-            parameter.addcdiv_(first, denominator, value=-lr / correction1)
+        for names in self._groups:
+            self._update(names, lr)
+        for parameter in self.parameters.values():
             parameter.grad = None
+
+    def _update(self, names: Sequence[str], lr: float) -> None:
+        c = self.config
+        correction1, correction2 = 1 - c.beta1**self.n_updates, 1 - c.beta2**self.n_updates
+        parameters = [self.parameters[name] for name in names]
+        gradients = [parameter.grad for parameter in parameters]
+        first, second = (list(moments) for moments in zip(*(self.moments[name] for name in names), strict=True))
+        torch._foreach_mul_(parameters, 1 - lr * c.weight_decay)
+        torch._foreach_lerp_(first, gradients, 1 - c.beta1)
+        torch._foreach_mul_(second, c.beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - c.beta2)
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominators, math.sqrt(correction2))
+        torch._foreach_add_(denominators, c.eps)
+        torch._foreach_addcdiv_(parameters, first, denominators, -lr / correction1)
 
     def state(self) -> dict[str, Slice]:
         """Return by name the moments that this rank holds, as views: who writes into them puts a state back."""
@@ -106,3 +115,16 @@ class AdamW:
                 first, last = (len(whole.values) * r // world_size for r in (rank, rank + 1))
                 shares[key] = Slice(whole.values[first:last], first, whole.shape)
         return shares
+
+
+def _grouped(parameters: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Yield names of parameters to update at once: few launches on a GPU, and a denominator of bounded size."""
+    names, n_bytes = [], 0
+    for name, parameter in parameters.items():
+        if names and n_bytes + parameter.nbytes > GROUP_BYTES:
+            yield names
+            names, n_bytes = [], 0
+        names.append(name)
+        n_bytes += parameter.nbytes
+    if names:
+        yield names

@@ -56,10 +56,7 @@ def backward_step(
     rows = torch.cat([piece.rows for piece in (*pieces, fullest)])
     embeddings = torch.cat([*parts, kept.detach()]).requires_grad_()  # (n, D) of this rank, as packed
     result = infonce_loss(embeddings[rows.argsort()], batch, loss, world)
-    if not torch.isfinite(result.loss):
-        broken = rows[torch.isfinite(embeddings).all(dim=1).logical_not()].tolist()
-        broken = [row for own in share(broken, world) for row in own]
-        raise FloatingPointError(f"the loss is not finite ({result.loss.item()}): {_blame(batch, broken)}")
+    are_finite = torch.isfinite(embeddings).all(dim=1)  # (n,)
     (gradient,) = torch.autograd.grad(result.loss, embeddings)
     *gradients, last = gradient.split([len(piece.rows) for piece in (*pieces, fullest)])
     with preemption.phase():
@@ -69,6 +66,10 @@ def backward_step(
             model(piece, dropout).backward(part)
         for _ in range(n_idle):
             shards.idle(backward=True)
+    if not torch.isfinite(result.loss):  # read only now: a GPU would have nothing queued while the host looked
+        broken = rows[are_finite.logical_not()].tolist()
+        broken = [row for own in share(broken, world) for row in own]
+        raise FloatingPointError(f"the loss is not finite ({result.loss.item()}): {_blame(batch, broken)}")
     if shards is None:
         sum_gradients(model.parameters(), world)
     else:

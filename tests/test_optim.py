@@ -13,7 +13,9 @@ def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in (("a", (5, 3)), ("b", (7,)))}
 
 
-def test_updates_equal_torch_adamw_bitwise() -> None:
+@pytest.mark.parametrize("at_once", [60, 2**26])  # bytes: one parameter, both
+def test_updates_equal_torch_adamw_bitwise(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("e5core.optim.GROUP_BYTES", at_once)
     config = OptimConfig(lr=3e-3, weight_decay=0.1, warmup_steps=5)
     ours, theirs = parameters(), parameters()
     optimizer = AdamW(ours, config)

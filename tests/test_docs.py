@@ -23,6 +23,7 @@ INTERNAL = {  # met by callers from Python that pass what e5core never does, or 
     *("e5core/sharding.py:__init__", "e5core/sharding.py:put"),
     *("e5core/synth/ledger.py:_count", "e5core/synth/ledger.py:reserve", "e5core/synth/ledger.py:settle"),
     *("e5core/synth/prompts.py:brainstorm_request", "e5core/synth/prompts.py:generate_request"),
+    "e5core/synth/index.py:task",
 }
 
 

@@ -14,6 +14,10 @@ COMMAND = re.compile(r"(?:python|torchrun)\b[^\n`#]*? -m ((?:e5core|bench)[\w.]*
 OPTION = re.compile(r"--[a-z][a-z-]*")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 WORDS = re.compile(r"[A-Za-z]{2,} [a-z]{2,}")  # less than that is said by the error that it passes on
+FILE = re.compile(r"(?<![\w./-])(?:configs|tests|bench|e5core|kernels|csrc|docs|data)/[\w./-]*\w")
+TO_COME = ("data/e5", "bench/results/DEVICE")  # what a reader fetches or makes
+KEY = re.compile(r"(?<![\w./\[-])([a-z]+)\.(?!py\b|jsonl?\b|html\b|model\b|toml\b)([a-z_]+)(?=[`= ])")
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 INTERNAL = {  # met by callers from Python that pass what e5core never does, or said in the middle of another message
     *("e5core/backbone.py:forward", "e5core/encoder.py:forward", "e5core/evaluate.py:_embed"),
     *("e5core/gguf_file.py:_aligned", "e5core/gguf_file.py:_named", "e5core/gguf_file.py:_read"),
@@ -115,3 +119,50 @@ def test_the_pages_hold_commands():
 def test_relative_links_resolve(page: Path):
     targets = [t.partition("#")[0] for t in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in t]
     assert [t for t in targets if t and not (page.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path):
+    """Also those outside links, as tests that show a law."""
+    named = set(FILE.findall(page.read_text(encoding="utf-8")))
+    missing = [name for name in named if not (ROOT / name).exists() and not name.startswith(TO_COME)]
+    assert sorted(missing) == []
+
+
+@cache
+def _keys() -> dict[str, set[str]]:
+    """Return the keys of each table, as the two configs that explain every key have them, set or behind a #."""
+    tables: dict[str, set[str]] = {}
+    for name in ("quickstart", "synth", "synth_domain"):
+        keys: set[str] = set()
+        for line in (ROOT / "configs" / f"{name}.toml").read_text(encoding="utf-8").splitlines():
+            if table := re.match(r"(?:# )?\[+(?:[a-z_]+\.)?([a-z_]+)\]", line):
+                keys = tables.setdefault(table[1], set())
+            else:  # "epochs = 1.0  # or steps = N" names two
+                keys.update(re.findall(r"(?:^|^# |# or |; or )([a-z_0-9]+) = ", line))
+    return tables
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_that_are_named_exist(page: Path):
+    """table.key, in prose or as an override."""
+    named = KEY.findall(page.read_text(encoding="utf-8"))
+    nested = {"sources", "sets", "report", "round_trip", "azure"}  # tables within a table
+    assert {f"{t}.{k}" for t, k in named if t in _keys() and k not in _keys()[t] | nested} == set()
+
+
+def test_the_pages_name_keys_and_files():
+    """The laws above would hold of nothing if the patterns found nothing."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert ("batch", "negatives") in KEY.findall(text) and "tests/test_sharding.py" in FILE.findall(text)
+    assert {"micro_batch_tokens", "size"} <= _keys()["batch"] and "money" in _keys()["budget"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_import_what_exists(page: Path):
+    for code in PYTHON.findall(page.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("e5core"):
+                tree = ast.parse(_file_of(node.module).read_text(encoding="utf-8"))
+                there = {n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+                assert {alias.name for alias in node.names} <= there

@@ -33,11 +33,11 @@ from torch import Tensor
 from e5core.adapter import adapter_tensors, write_adapter
 from e5core.checkpoint import Card, write_json
 from e5core.distributed import log, log_error
-from e5core.encode import Encoder
 from e5core.layouts import hf_description
 from e5core.lora import LoraConfig
 from e5core.model_files import merged, write_gguf, write_hf_weights
 from e5core.records import query_text
+from e5core.text_encoder import Encoder
 from e5core.tokenizer_files import gguf_tokenizer, write_hf_tokenizer
 from e5core.trained import adapter_folder, check_base, find_card, lora_of
 from e5core.weights import fingerprint, read_config, tensors_of

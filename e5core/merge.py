@@ -30,8 +30,8 @@ from torch import Tensor
 from e5core.adapter import adapter_tensors, write_adapter
 from e5core.checkpoint import Card, check_files, write_json
 from e5core.distributed import log, log_error
-from e5core.encode import Encoder
 from e5core.lora import LoraConfig
+from e5core.text_encoder import Encoder
 from e5core.trained import adapter_folder, check_base, find_card, lora_of
 
 Method = Literal["linear", "slerp"]

@@ -25,11 +25,11 @@ import numpy as np
 from e5core.config import write_whole
 from e5core.contamination import evaluation_hashes, occur, text_hashes
 from e5core.distributed import finish, log, log_error, start
-from e5core.encode import Encoder, ShownEncoder, describe_device, read_texts
 from e5core.negatives import Corpus, MineConfig, Miner, Positives
 from e5core.progress import Display
-from e5core.records import Record, parse_lines, read_lines
+from e5core.records import Record, parse_lines, read_lines, read_texts
 from e5core.search import BLOCK_QUERIES
+from e5core.text_encoder import Encoder, ShownEncoder, describe_device
 
 PLAIN_EVERY_S = 10.0
 Embed = Callable[[Sequence[Record], int], np.ndarray]  # records and the place of the first -> (n, D)

@@ -142,6 +142,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise BrokenRecord(f"{path}:{line + 1}: {error}; fetch the file again") from error
 
 
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield the text of every line of a JSON-lines file: `text`, with `title` and a space before it where there is one.
+
+    Raises BrokenRecord naming file and line.
+    """
+    for number, raw in read_lines(path):
+        place = f"{path}:{number}"
+        row = parse_object(raw, place)
+        title, text = row.get("title") or "", required(row, "text", place)
+        parts = (checked_text(title, place, "title", blank=True), checked_text(text, place, "text", blank=True))
+        yield " ".join(parts).strip()
+
+
 def parse_object(raw: bytes, place: str) -> dict[str, object]:
     """Parse one line as a JSON object; place is the "FILE:LINE" that a BrokenRecord names."""
     text = decode_line(raw, place)

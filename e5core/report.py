@@ -22,7 +22,6 @@ from e5core.batches import CHARACTERS
 from e5core.config import read_json, write_whole
 from e5core.distributed import log, log_error
 from e5core.drawing import histogram
-from e5core.encode import GOLDEN_TEXTS, Encoder, ShownEncoder, describe_device
 from e5core.event_file import write_events
 from e5core.mixture import Mixture, load_mixture, stored_rows
 from e5core.page import Markup, escaped, facts, figure, joined, key, page, section, tag
@@ -43,6 +42,7 @@ from e5core.similarities import (
 )
 from e5core.sources import files_of
 from e5core.testsets import read_retrieval
+from e5core.text_encoder import GOLDEN_TEXTS, Encoder, ShownEncoder, describe_device
 
 MOST_BYTES = 2**28  # of source files that are read into memory for a page
 N_WORST = 6

@@ -45,7 +45,7 @@ DEFAULT_TASKS = {  # by kind, for other names; what a classification or clusteri
     "pair-classification": "Retrieve semantically similar text.",
     "reranking": "Given a web search query, retrieve relevant passages that answer the query",
 }
-METRICS = {  # what evaluate.py measures, by kind
+METRICS = {  # what scores.py measures, by kind
     "retrieval": ("ndcg@10", "recall@100"),
     "sts": ("spearman",),
     "bitext": ("accuracy", "f1"),

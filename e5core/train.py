@@ -22,10 +22,8 @@ from e5core.adapter import read_adapter
 from e5core.batches import build_batch
 from e5core.config import load_config, write_whole
 from e5core.distributed import World, check_same, finish, log, log_error, share, start, sum_over_ranks
-from e5core.encode import Encoder, ShownEncoder, describe_device
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
 from e5core.estimate import Plan, describe
-from e5core.evaluate import evaluate, show_table
 from e5core.memory import as_table, is_out_of_memory, measured_peak
 from e5core.metrics import MetricsFile, Progress
 from e5core.mixture import Mixture, load_mixture
@@ -44,8 +42,10 @@ from e5core.run import (
     total_steps,
 )
 from e5core.saving import Saving
+from e5core.scores import evaluate, show_table
 from e5core.step import backward_step, make_optimizer
 from e5core.testsets import EvalSet
+from e5core.text_encoder import Encoder, ShownEncoder, describe_device
 from e5core.tokenizer import Tokenizer
 from e5core.trained import TEMPLATE, adapter_folder
 from e5core.weights import fingerprint

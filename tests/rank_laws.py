@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import e5core.encode
 from e5core import checkpoint
 from e5core.batches import BatchConfig, build_batch, pack
 from e5core.config import load_config
@@ -110,9 +109,8 @@ def vectors(world: World, embedder: str) -> list[np.ndarray]:
     encoder = Encoder(fresh_model(embedder, torch.float32), Tokenizer.load(Path(embedder)), CPU, 64, world)
     found = [encoder.encode(TEXTS[:n]) for n in (1, 2, 3)]
     found.append(encoder.encode(TEXTS, task="Find it.", normalize=False))
-    whole, e5core.encode.CHUNK = e5core.encode.CHUNK, 2
+    encoder.chunk = 2 * world.world_size
     found.append(encoder.encode(TEXTS))
-    e5core.encode.CHUNK = whole
     return [*found, np.array([encoder.n_truncated]), encoder.golden_vectors()]
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from scoring import ROOT, on_terminal
 from tiny_runs import CONFIG, SYNTHETIC
 
-from e5core.encode import CHUNK, GOLDEN_TEXTS, Encoder, ShownEncoder, main
+from e5core.encode import Encoder, main
 from e5core.metrics import PLAIN_EVERY_S, TextProgress
+from e5core.text_encoder import CHUNK, GOLDEN_TEXTS, ShownEncoder
 from e5core.train import main as train_main
 
 TEXTS = ["", "a", "the tram", "word " * 300, "Straße", "猫", "a", "x" * 700, "\n", "🦊 jumps"]

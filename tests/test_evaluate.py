@@ -1,4 +1,4 @@
-"""Laws of evaluate.py: metrics against their definitions, what is encoded and how, and the command line.
+"""Laws of scores.py and evaluate.py: metrics against their definitions, what is encoded and how, and the command line.
 
 The encoder here is a real one that needs no weights: hashed words, so that equal texts and shared words are near.
 """
@@ -30,7 +30,8 @@ from scoring import (
 )
 from sklearn.metrics import accuracy_score, f1_score
 
-from e5core.evaluate import evaluate, main, nearest_rows, show_table
+from e5core.evaluate import main
+from e5core.scores import evaluate, nearest_rows, show_table
 from e5core.testsets import EvalSet, read_bitext, read_retrieval, read_sts
 
 ALIKE = [{"sentence1": "a", "sentence2": text, "label": label} for text, label in (("b", 0), ("c", 1))]

@@ -1,4 +1,4 @@
-"""Laws of evaluate.py: clustering, pair classification and reranking against their definitions."""
+"""Laws of scores.py: clustering, pair classification and reranking against their definitions."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import pytest
 import pytrec_eval
 from scoring import DATA, TableEncoder, WordEncoder, set_of
 
-from e5core.evaluate import evaluate
+from e5core.scores import evaluate
 from e5core.testsets import EvalSet, read_bitext, read_classification, read_retrieval
 
 

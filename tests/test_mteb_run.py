@@ -18,9 +18,10 @@ from scoring import DATA, WordEncoder, set_of
 
 from e5core.distributed import ALONE, World
 from e5core.encode import Encoder
-from e5core.evaluate import evaluate, main
+from e5core.evaluate import main
 from e5core.mteb_model import Identity, MtebModel, find_tasks, run_tasks
 from e5core.mteb_tasks import instruct, read_table
+from e5core.scores import evaluate
 from e5core.testsets import EvalSet, read_bitext, read_classification, read_retrieval, read_sts
 from e5core.weights import fingerprint
 

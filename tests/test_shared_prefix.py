@@ -98,7 +98,7 @@ def test_bidirectional_attention_shares_nothing(tmp_path: Path) -> None:
 def test_encoding_shares_the_instruction_and_keeps_order_truncation_and_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("e5core.encode.CHUNK", 50)
+    monkeypatch.setattr("e5core.text_encoder.CHUNK", 50)
     encoder = Encoder.load(str(save_embedder(tmp_path)), max_tokens=128)
     texts = ["", "a", "the tram", "x" * 700, "Straße", "", "a", "猫", "word " * 9] * 20
     encoder.batch_tokens = 400

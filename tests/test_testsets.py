@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from scoring import DATA, WordEncoder, retrieval, set_of, write_beir, write_lines, write_pairs
 
-from e5core.evaluate import evaluate
+from e5core.scores import evaluate
 from e5core.testsets import EvalSet, read_bitext, read_classification, read_retrieval, read_sts
 
 

@@ -14,13 +14,14 @@ from models import save_embedder
 from scoring import ROOT
 
 import e5core.encode
+import e5core.text_encoder
 from e5core.vector_shards import VectorFile, quantise, scales_path
 
 FORMS = ("float32", "float16", "int8")
 each_form = pytest.mark.parametrize("form", FORMS)
 SMALL_SHARDS = """
-import sys, torch, e5core.encode
-e5core.encode.CHUNK = 16
+import sys, torch, e5core.encode, e5core.text_encoder
+e5core.text_encoder.CHUNK = 16
 torch.set_num_threads(1)
 sys.exit(e5core.encode.main(sys.argv[1:]))
 """
@@ -127,7 +128,7 @@ def test_encode_killed_by_kill_9_goes_on_to_the_bytes_of_an_undisturbed_run(
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert not killed.exists()
-    monkeypatch.setattr(e5core.encode, "CHUNK", 16)
+    monkeypatch.setattr(e5core.text_encoder, "CHUNK", 16)
     source.write_text("".join(lines[1:] + lines[:1]))
     assert e5core.encode.main([*options, str(killed)]) == 2
     assert "killed.npy was begun with other things: texts was" in capfd.readouterr().err

@@ -15,6 +15,7 @@ from e5core.checkpoint import write_json
 from e5core.distributed import finish, log, log_error, start
 from e5core.mteb_model import TaskFailure, find_tasks, identify, results_folder, run_tasks
 from e5core.mteb_tasks import read_table
+from e5core.passkey import MOST_DOCUMENTS, N_DOCUMENTS, N_QUERIES, Passkeys, draw_passkeys, score_passkeys
 from e5core.records import nearest
 from e5core.rope_scaling import add_options, chosen_context
 from e5core.scores import score_set, show_table
@@ -40,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if out is not None and not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"no such folder for --out: {out.absolute().parent}")
     named, given = _named_sets(arguments)
-    sets = read_sets(named) if named or not arguments.mteb else []
+    sets = read_sets(named) if named or not (arguments.mteb or arguments.passkey) else []
     folder = results_folder(arguments.model, arguments.mteb_folder) if arguments.mteb else Path()
     world = start()
     tasks = find_tasks(arguments.mteb, given) if arguments.mteb and world.is_main else {}
@@ -48,10 +49,14 @@ def _run(arguments: argparse.Namespace) -> None:
     context = chosen_context(arguments)
     encoder = Encoder.load(arguments.model, world=world, context=context, **chosen)
     log(describe_device(encoder.device))
+    drawn = [(n_tokens, *_passkeys(encoder, n_tokens, arguments)) for n_tokens in arguments.passkey]
     scores: dict[str, float] = {}
     for eval_set, texts in sets:
         log(f"evaluating {eval_set.name}")
         scores |= score_set(ShownEncoder(encoder), eval_set, texts)
+    for n_tokens, reader, passkeys in drawn:
+        log(f"evaluating passkey-{n_tokens}")
+        scores[f"passkey-{n_tokens}/accuracy"] = 100.0 * score_passkeys(ShownEncoder(reader), passkeys)
     failures: dict[str, str] = {}
     if arguments.mteb:
         settings = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "dimensions")} | asdict(context)
@@ -65,6 +70,13 @@ def _run(arguments: argparse.Namespace) -> None:
             write_json(out, scores)
     if failures:
         raise TaskFailure(f"no score for {', '.join(failures)} (why: above); the same line again runs these alone")
+
+
+def _passkeys(encoder: Encoder, n_tokens: int, arguments: argparse.Namespace) -> tuple[Encoder, Passkeys]:
+    """Draw the texts of one length, and take the encoder that reads them: whole, unless --max-tokens says otherwise."""
+    reader = encoder if arguments.max_tokens is not None else encoder.at_length(n_tokens)
+    counts = (arguments.passkey_documents, arguments.max_queries or N_QUERIES)
+    return reader, draw_passkeys(encoder.tokenizer, n_tokens, *counts)
 
 
 def _named_sets(arguments: argparse.Namespace) -> tuple[list[EvalSet], dict[str, str]]:
@@ -112,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{kind}", dest=kind, metavar=metavar, nargs="+", action="extend", default=[], help=text)
     parser.add_argument(
+        "--passkey", metavar="LENGTH", nargs="+", type=_positive, action="extend", default=[],
+        help="find a person's pass key in made texts of so many tokens (passkey.py)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--passkey-documents", metavar="N", type=_positive, default=N_DOCUMENTS,
+        help=f"texts of each length, to {MOST_DOCUMENTS} (the paper's {N_DOCUMENTS})"
+    )  # fmt: skip
+    parser.add_argument(
         "--mteb", metavar="NAME", nargs="+", action="extend", default=[],
         help=f"MTEB's tasks and benchmarks by name, or {', '.join(read_table().groups)}; downloads, needs mteb"
     )  # fmt: skip
@@ -121,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task", metavar="NAME=TEXT", nargs="+", action="extend", default=[], help="a set's or task's instruction"
     )
-    parser.add_argument("--max-queries", metavar="N", type=_positive, help="take N queries of each retrieval set")
+    parser.add_argument("--max-queries", metavar="N", type=_positive, help="take N queries of each set that is searched")
     parser.add_argument(
         "--max-tokens", metavar="N", type=_positive, help="longest text in tokens (default: the model's)"
     )

@@ -153,6 +153,10 @@ class Encoder:
         encoder.golden_tolerance = 1e-3 if "bfloat16" in (card.dtype, str(chosen).removeprefix("torch.")) else 1e-5
         return encoder
 
+    def at_length(self, max_tokens: int) -> "Encoder":
+        """Return an encoder by the same model of texts of at most so many tokens.  Raises ValueError as __init__."""
+        return Encoder(self.model, self.tokenizer, self.device, max_tokens, self.world, self.dim)
+
     def encode(
         self,
         texts: Sequence[str],

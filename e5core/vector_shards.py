@@ -3,7 +3,9 @@
 While V.npy is made, .partial_V.npy holds its header and the shards so far, and .partial_V.npy.jsonl says what they are
 of (first line) and then, once a shard is on the disk, its rows and the hash of its bytes. At the end the file is
 renamed, so nothing is copied and no second disk is needed. A cut-off shard and one whose bytes have changed are made
-again, with all behind it.
+again, with all behind it. Where there are two files a cut can fall between their renames: a last line of the journal
+says that they have begun, and the next call takes back what has its name already. V.npy, of an earlier call too, is
+there only while its own scales are.
 
 float32 and float16 hold the numbers themselves. int8 holds round(x / s), one scale a row, s = max|x| / 127, float32
 in V.scales.npy, so that a number is off by s / 2 at most:
@@ -22,8 +24,11 @@ from typing import BinaryIO, Literal, Self
 
 import numpy as np
 
+from e5core.config import write_whole
+
 Form = Literal["float32", "float16", "int8"]
 _DESCRIPTIONS = {"float32": "<f4", "float16": "<f2", "int8": "|i1"}
+_NAMING = {"naming": True}  # the journal's line before the renames
 
 
 def scales_path(output: Path) -> Path:
@@ -70,8 +75,7 @@ class VectorFile:
         kept = self._verified(known[1:], row_bytes)
         for file in self._files:
             file.truncate()
-        with open(self._journal, "w", encoding="utf-8") as journal:
-            journal.writelines(json.dumps(line) + "\n" for line in (first, *kept))
+        write_whole(self._journal, "".join(json.dumps(line) + "\n" for line in (first, *kept)))
 
     def append(self, vectors: np.ndarray) -> None:
         """Put the next rows, (n, dim) float32, on the disk.  Raises OSError."""
@@ -83,13 +87,15 @@ class VectorFile:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        with open(self._journal, "a", encoding="utf-8") as journal:
-            journal.write(json.dumps({"rows": len(vectors), "blake2b": digest.hexdigest()}) + "\n")
+        self._note({"rows": len(vectors), "blake2b": digest.hexdigest()})
         self.n_done += len(vectors)
 
     def finish(self) -> None:
-        """Give the file its name, after its last row."""
+        """Give the files their names, after their last row: the scales before the vectors."""
         self._whole = True
+        self._note(_NAMING)
+        if len(self._ends) > 1:
+            self._ends[0][1].unlink(missing_ok=True)
         for partial, path in reversed(self._ends):
             os.replace(partial, path)
         self._journal.unlink()
@@ -105,24 +111,35 @@ class VectorFile:
                 for path in (self._journal, *(partial for partial, _ in self._ends)):
                     path.unlink(missing_ok=True)
 
+    def _note(self, line: Mapping[str, object]) -> None:
+        with open(self._journal, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(line) + "\n")
+
     def _known(self, first: dict[str, object], output: Path) -> list[dict]:
         """Read the journal's whole lines; none where there is nothing to go on with."""
-        if not self._journal.is_file() or not all(partial.is_file() for partial, _ in self._ends):
-            lines = []
-        else:
-            whole = self._journal.read_text(encoding="utf-8").rpartition("\n")[0]
-            try:
-                lines = [json.loads(line) for line in whole.splitlines()]
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{self._journal} is damaged ({error}); delete it to begin {output} again") from error
+        if not self._journal.is_file():
+            return []
+        whole = self._journal.read_text(encoding="utf-8").rpartition("\n")[0]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self._journal} is damaged ({error}); delete it to begin {output} again") from error
+        named = [(partial, path) for partial, path in self._ends if not partial.is_file()]
+        naming = lines[-1:] == [_NAMING]
         different = [name for name in first if lines and lines[0].get(name) != first[name]]
+        if named and (not naming or not all(path.is_file() for _, path in named)):
+            return []
+        if different and len(named) == len(self._ends):  # of a call that was cut off behind its last rename
+            return []
         if different:
             listed = "; ".join(f"{name} was {lines[0].get(name)!r}, is {first[name]!r}" for name in different)
             raise ValueError(
                 f"{output} was begun with other things: {listed}; give the same to go on, or delete {self._journal} to "
                 "begin again"
             )
-        return lines
+        for partial, path in named:
+            os.replace(path, partial)
+        return lines[:-1] if naming else lines
 
     def _verified(self, shards: list[dict], row_bytes: list[int]) -> list[dict]:
         """Return the shards whose bytes are as written, up to the first that is not, and stand behind the last."""

@@ -298,10 +298,11 @@ def test_the_commands_run_under_torchrun(config_file: Path, tmp_path: Path) -> N
     assert sum("; ranks: 2" in line for line in said) == 1
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["pairs/spearman"]
     pairs = config_file.parent / "pairs.jsonl"
-    evaluation = [str(run), "--sts", str(pairs), *small_sets(tmp_path / "sets"), "--out"]
+    passkey = ["--passkey", "128", "--passkey-documents", "5"]
+    evaluation = [str(run), "--sts", str(pairs), *small_sets(tmp_path / "sets"), *passkey, "--out"]
     done = torchrun(3, "-m", "e5core.evaluate", "--strategy", "full", *evaluation, str(tmp_path / "3.json"))
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 5
+    assert len(done.stdout.splitlines()) == 6
     assert evaluate.main([*evaluation, str(tmp_path / "1.json")]) == 0
     scores = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 3)]
     assert scores[0] == pytest.approx(scores[1])

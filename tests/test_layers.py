@@ -72,6 +72,7 @@ FLOORS = (
             "trained",
             "text_encoder",
             "scores",
+            "passkey",
             "saving",
             "run",
             "run_page",

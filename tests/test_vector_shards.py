@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,66 @@ def test_what_was_cut_off_goes_on_to_the_same_bytes(tmp_path: Path, form: str, h
     assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
     if form == "int8":
         assert scales_path(output).read_bytes() == scales_path(tmp_path / "whole.npy").read_bytes()
+
+
+class Cut(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("n_calls", range(5))
+@pytest.mark.parametrize("before", [False, True])
+def test_a_cut_among_the_renames_of_int8_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_calls: int, before: bool
+) -> None:
+    """before: an earlier call's V.npy and scales are there; they must never be seen with the others' half."""
+    vectors, output = unit_rows(64, 24), tmp_path / "v.npy"
+    write(tmp_path / "whole.npy", vectors, "int8")
+    wanted = [output.with_name("whole.npy").read_bytes(), scales_path(tmp_path / "whole.npy").read_bytes()]
+    earlier = []
+    if before:
+        write(output, -vectors[::-1].copy(), "int8")
+        earlier = [output.read_bytes(), scales_path(output).read_bytes()]
+    left = [n_calls]
+
+    def counted(call: Callable[..., None]) -> Callable[..., None]:
+        def until_cut(*arguments: object, **options: object) -> None:
+            if left[0] == 0:
+                raise Cut
+            left[0] -= 1
+            call(*arguments, **options)
+
+        return until_cut
+
+    with monkeypatch.context() as patch, pytest.raises(Cut) if n_calls < 4 else nullcontext():
+        with VectorFile(output, vectors.shape, "int8", {}) as file:
+            for first in range(0, 64, 10):
+                file.append(vectors[first : first + 10])
+            patch.setattr("os.replace", counted(os.replace))
+            patch.setattr(Path, "unlink", counted(Path.unlink))
+            file.finish()
+    if output.exists():
+        assert [output.read_bytes(), scales_path(output).read_bytes()] in (wanted, earlier)
+    if n_calls < 4:  # old vectors away, scales, vectors, journal away
+        with VectorFile(output, vectors.shape, "int8", {}) as file:
+            assert file.n_done == 64
+            file.finish()
+    assert [output.read_bytes(), scales_path(output).read_bytes()] == wanted
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".partial")]
+
+
+def test_a_call_cut_off_behind_its_last_rename_is_in_no_other_s_way(tmp_path: Path) -> None:
+    vectors, output = unit_rows(64, 24), tmp_path / "v.npy"
+    write(output, vectors, "int8", model="a")
+    line = {"shape": [64, 24], "vectors": "int8", "model": "a"}
+    journal = tmp_path / ".partial_v.npy.jsonl"
+    journal.write_text(json.dumps(line) + '\n{"naming": true}\n')
+    write(output, vectors, "float32", model="b")
+    assert np.array_equal(np.load(output), vectors)
+    write(output, vectors, "int8", until=20, model="a")
+    os.replace(tmp_path / ".partial_v.scales.npy", scales_path(output))
+    with pytest.raises(ValueError, match="model was 'a', is 'c'"):
+        journal.write_text(journal.read_text() + '{"naming": true}\n')
+        VectorFile(output, vectors.shape, "int8", {"model": "c"})
 
 
 def test_other_work_under_the_same_name_is_refused_by_name(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _passkeys(encoder: Encoder, n_tokens: int, arguments: argparse.Namespace) -> tuple[Encoder, Passkeys]:
     """Draw the texts of one length, and take the encoder that reads them: whole, unless --max-tokens says otherwise."""
-    reader = encoder if arguments.max_tokens is not None else encoder.at_length(n_tokens)
+    whole = max(n_tokens, encoder.max_tokens)
+    reader = encoder if arguments.max_tokens is not None else encoder.at_length(whole)
     counts = (arguments.passkey_documents, arguments.max_queries or N_QUERIES)
     return reader, draw_passkeys(encoder.tokenizer, n_tokens, *counts)
 
@@ -141,7 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task", metavar="NAME=TEXT", nargs="+", action="extend", default=[], help="a set's or task's instruction"
     )
-    parser.add_argument("--max-queries", metavar="N", type=_positive, help="take N queries of each set that is searched")
+    parser.add_argument(
+        "--max-queries", metavar="N", type=_positive, help=f"N queries of each retrieval set, passkey too ({N_QUERIES})"
+    )
     parser.add_argument(
         "--max-tokens", metavar="N", type=_positive, help="longest text in tokens (default: the model's)"
     )

@@ -87,8 +87,8 @@ def test_the_command_line_scores_each_length_whole(
     assert set(scores) == {"passkey-128/accuracy", "passkey-200/accuracy"}
     assert all(min(abs(100 * n / 3 - score) for n in range(4)) < 1e-9 for score in scores.values())
     assert "0 texts were cut to 512 tokens" in capfd.readouterr().err
-    assert main([str(model), "--passkey", "128", "--max-tokens", "100", *few]) == 0
-    assert "4 texts were cut to 100 tokens" in capfd.readouterr().err
+    assert main([str(model), "--passkey", "200", "--max-tokens", "150", *few]) == 0
+    assert "4 texts were cut to 150 tokens" in capfd.readouterr().err
     assert main([str(model), "--passkey", "1000", *few]) == 2
     assert "max_tokens is 1000, the model was made for at most 512" in capfd.readouterr().err
     assert main([str(model), "--passkey", "1000", "--rope-scaling", "ntk:2", *few]) == 0

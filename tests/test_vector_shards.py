@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from models import save_embedder
+from ranks import run_ranks
 from scoring import ROOT
 
 import e5core.encode
 import e5core.text_encoder
+from e5core.distributed import ALONE, World, share
+from e5core.encode import Encoder, encode_file
 from e5core.vector_shards import VectorFile, quantise, scales_path
 
 FORMS = ("float32", "float16", "int8")
@@ -171,6 +175,46 @@ def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
     journal.write_text("{" + journal.read_text())
     with pytest.raises(ValueError, match=r"\.partial_v\.npy\.jsonl is damaged .* delete it to begin"):
         VectorFile(output, vectors.shape, "float32", {"model": "a"})
+
+
+def encode_on_rank(world: World, model: str, source: str, output: str, n_shards: int) -> None:
+    """Encode by small shards; n_shards: after so many rank 0 kills all with SIGKILL, whatever they do; 0: none."""
+    encoder = Encoder.load(model, dtype="float32", world=world)
+    encoder.chunk = 16 * world.world_size
+    pids = share(os.getpid(), world)
+    append = VectorFile.append
+
+    def kill_behind(file: VectorFile, vectors: np.ndarray) -> None:
+        append(file, vectors)
+        if file.n_done == n_shards * encoder.chunk:
+            for pid in reversed(pids):
+                os.kill(pid, signal.SIGKILL)
+
+    VectorFile.append = kill_behind
+    try:
+        encode_file(encoder, Path(source), Path(output), None, "int8")
+    finally:
+        VectorFile.append = append
+
+
+def test_two_ranks_killed_by_kill_9_go_on_to_the_same_bytes_and_one_rank_to_the_same_vectors(tmp_path: Path) -> None:
+    model, source = save_embedder(tmp_path / "model"), tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": f"text {i} " + "word " * (i % 37)}) + "\n" for i in range(300)))
+    paths = {name: tmp_path / f"{name}.npy" for name in ("whole", "two", "one")}
+    run_ranks(2, encode_on_rank, str(model), str(source), str(paths["whole"]), 0)
+    with pytest.raises(AssertionError, match="ended without a word"):
+        run_ranks(2, encode_on_rank, str(model), str(source), str(paths["two"]), 4)
+    assert not paths["two"].exists()
+    journal = (tmp_path / ".partial_two.npy.jsonl").read_text().splitlines()
+    assert [json.loads(line)["rows"] for line in journal[1:]] == [32] * 4
+    for partial in tmp_path.glob(".partial_two*"):
+        shutil.copyfile(partial, partial.with_name(partial.name.replace("two", "one")))
+    run_ranks(2, encode_on_rank, str(model), str(source), str(paths["two"]), 0)
+    encode_on_rank(ALONE, str(model), str(source), str(paths["one"]), 0)
+    assert paths["two"].read_bytes() == paths["whole"].read_bytes()
+    assert scales_path(paths["two"]).read_bytes() == scales_path(paths["whole"]).read_bytes()
+    one, whole = (np.load(paths[x]) * np.load(scales_path(paths[x]))[:, None] for x in ("one", "whole"))
+    assert np.array_equal(one[:128], whole[:128]) and np.abs(one - whole).max() < 0.006  # a step of int8
 
 
 def test_encode_killed_by_kill_9_goes_on_to_the_bytes_of_an_undisturbed_run(

@@ -64,9 +64,11 @@ def line_chart(
     if mark:
         height = y(mark[0])
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        above = height - 5 if height - 5 > TOP + 8 else height + 13
+        beside = [b - height for a, b in drawn if a > RIGHT - 90]  # as far as a name reaches
+        above = height - 5 > TOP + 8 and not any(-18 < distance <= 0 for distance in beside)
+        place = height - 5 if above or height + 13 > BOTTOM else height + 13
         parts.append(
-            f'<text class="marked" x="{RIGHT - 2}" y="{above:.1f}" text-anchor="end">{escaped(mark[1])}</text>'
+            f'<text class="marked" x="{RIGHT - 2}" y="{place:.1f}" text-anchor="end">{escaped(mark[1])}</text>'
         )
     return _chart(parts + _hover(buckets, drawn), f"{name} over steps {number(first)} to {number(last)}")
 

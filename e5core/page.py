@@ -5,6 +5,7 @@ a record holds cannot run, even if it should get past the escaping. Colours foll
 """
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 STYLE = """
@@ -82,8 +83,8 @@ def escaped(text: str) -> Markup:
 
 
 def breakable(path: str) -> Markup:
-    """Return a path that a narrow column may break behind / and _ only."""
-    return Markup(escaped(path).replace("/", "/<wbr>").replace("_", "_<wbr>"))
+    """Return a path, or a setting's, that a narrow column may break behind / _ and . only."""
+    return Markup(re.sub(r"([/_.])", r"\1<wbr>", escaped(path)))
 
 
 def joined(parts: Iterable[str]) -> Markup:

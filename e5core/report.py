@@ -8,6 +8,7 @@ as an event file too.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -195,7 +196,8 @@ def _miss(sample: Sample, each: Retrieved) -> Markup:
 
 def _text(name: str, text: str) -> Markup:
     """Show a text of the data, cut where it is long, in the direction of its own script."""
-    cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
+    kept = re.sub(r"\s\S{0,20}$", "", text[:SHOWN_CHARACTERS])  # not half a word
+    cut = text if len(text) <= SHOWN_CHARACTERS else kept + " …"
     return Markup(f'<{name} dir="auto">{escaped(cut or "(empty)")}</{name}>')
 
 

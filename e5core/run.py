@@ -17,6 +17,7 @@ from e5core import checkpoint
 from e5core.adapter import read_lora
 from e5core.batches import BatchConfig
 from e5core.cards import card_of
+from e5core.checkpoint import Card
 from e5core.config import existing, load_config, write_config
 from e5core.distributed import World, check_same, log, share
 from e5core.encoder import BackboneSource, settle_dtype
@@ -126,18 +127,37 @@ def check_files(config: Config) -> Path:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"backbone.path: {error}") from error
     shape = read_config(path)
-    config.loss.prefixes(shape.dim)
+    _check_loss(config, shape.dim)
     longest = shape.max_positions
     for key, value in (("batch.max_tokens", config.batch.max_tokens), ("eval.max_tokens", config.eval.max_tokens)):
         if value > longest:
             raise ValueError(f"{key} = {value}: the model was made for at most {longest} tokens")
     if config.lora.init is not None:
-        _check_init(config.lora, config.lora.init, path)
+        card = _check_init(config.lora, config.lora.init, path)
+        for key, here in (("causal", config.backbone.causal), ("pooling", config.backbone.pooling)):
+            there = asdict(card)[key]
+            if there != here:  # adapters are started from others' on purpose, too
+                log(f"lora.init was trained with backbone.{key} = {there!r}, this run has {here!r}")
     return path
 
 
-def _check_init(lora: LoraConfig, init: str, base: Path) -> None:
-    """Refuse an adapter to start from that is of other sizes than [lora] says, or of another base model."""
+def _check_loss(config: Config, dim: int) -> None:
+    """Refuse what the loss cannot do with embeddings of `dim` numbers or with so few candidates."""
+    trained = config.loss.prefixes(dim)[0][0]
+    if trained < dim:
+        log(f"loss.matryoshka trains {trained} of {dim} numbers: afterwards use --dimensions {trained} or less")
+    if config.loss.distillation is not None and config.batch.negatives == 0:
+        raise ValueError(
+            "loss.distillation compares a query's own candidates, and batch.negatives = 0 leaves it a single one, of "
+            "which nothing can be learnt; give 1 or more"
+        )
+
+
+def _check_init(lora: LoraConfig, init: str, base: Path) -> Card:
+    """Refuse an adapter to start from that is of other sizes than [lora] says, or of another base model.
+
+    Returns its card.
+    """
     folder = adapter_folder(existing(Path(init), "lora.init"))
     if folder is None:
         raise ValueError(f"lora.init = {init!r} is no run and no adapter folder: it holds no adapter_config.json")
@@ -149,7 +169,9 @@ def _check_init(lora: LoraConfig, init: str, base: Path) -> None:
     if wrong:
         raise ValueError(f"lora.init = {init!r} does not fit: {'; '.join(wrong)}; set them as the adapter has them")
     checkpoint.check_files(folder)
-    check_base(folder, find_card(folder, str(base)))
+    card = find_card(folder, str(base))
+    check_base(folder, card)
+    return card
 
 
 def check_folder(run: Path, config: Config, world: World) -> None:

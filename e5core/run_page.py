@@ -181,12 +181,15 @@ def _settings(config: Config) -> list[list[str]]:
         for field in fields(part.type):
             value, dotted = values[part.name][field.name], f"{part.name}.{field.name}"
             if field.default is not MISSING and value != field.default and dotted not in ELSEWHERE:
-                rows.append([tag("code", dotted), *(tag("code", _shown(each)) for each in (value, field.default))])
+                shown = (_value(each) for each in (value, field.default))
+                rows.append([tag("code", breakable(dotted), css="words"), *shown])
     return rows
 
 
-def _shown(value: object) -> str:
-    return "none" if value in (None, ()) else json.dumps(value)
+def _value(value: object) -> Markup:
+    """Show a setting's value; a short one is never broken in two."""
+    text = "none" if value in (None, ()) else json.dumps(value)
+    return tag("code", text, css="words" if len(text) <= 16 else "")
 
 
 def curves(run: RunFolder) -> Markup:

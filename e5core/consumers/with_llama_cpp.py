@@ -18,7 +18,8 @@ def main(exported: str, request: str, answer: str) -> None:
     params.model.path = exported
     params.embedding, params.warmup, params.verbosity = True, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.n_ctx = params.n_batch = params.n_ubatch = asked["max_tokens"]
+    params.n_batch = params.n_ubatch = asked["max_tokens"]
+    params.n_ctx = asked["max_tokens"] + 1  # the server wants room for one token more than a text has
     params.n_parallel = 1
     server = xllamacpp.Server(params)
     ids, vectors = [], []
@@ -32,6 +33,8 @@ def main(exported: str, request: str, answer: str) -> None:
         cut = len(row) > asked["max_tokens"]
         ids.append(ours if cut else row)
         told = server.handle_embeddings({"input": ours if cut else text, "model": "x"})
+        if "data" not in told:
+            raise RuntimeError(f"llama.cpp answers {json.dumps(told)[:300]} to a text of {len(ids[-1])} tokens")
         vectors.append(told["data"][0]["embedding"])
     Path(answer).write_text(json.dumps({"ids": ids, "vectors": vectors}), encoding="utf-8")
 

@@ -7,7 +7,9 @@ scored once by e5core.evaluate on dev sets cut small enough for a CPU. Cells dif
     labelled     equal parts of SNLI, FEVER, SQuAD sentences and MedQuAD; only SNLI's rows have hard negatives
     mixed        half of either
 
-A cell that has a line in WORK/results.jsonl is not run again, so a stopped bench goes on.
+A cell that has a line in WORK/results.jsonl is not run again, so a stopped bench goes on. Mined negatives, and with
+them a teacher's scores, come from the run "synthetic" of seed 0; a merged cell is the mean of the runs "synthetic" of
+its seed and the next.
 """
 
 import argparse
@@ -53,7 +55,13 @@ class Cell:
     in_batch: bool = True  # of the labelled sets
     mined: bool = False  # labelled rows with a hard negative each
     instructed: bool = True  # in training and in the scoring
+    merged: bool = False  # no training: the mean of two seeds' runs on synthetic records
     settings: tuple[str, ...] = ()  # section.key=value
+
+    @property
+    def distilled(self) -> bool:
+        """Whether each of its rows needs a teacher's scores."""
+        return any(setting.startswith("loss.distillation=") for setting in self.settings)
 
 
 CELLS = {
@@ -73,6 +81,10 @@ CELLS = {
     "synthetic, weighted mean pooling": Cell(synthetic=1.0, settings=('backbone.pooling="weighted_mean"',)),
     "synthetic, bidirectional": Cell(synthetic=1.0, settings=("backbone.causal=false",)),
     "synthetic, matryoshka": Cell(synthetic=1.0, settings=("loss.matryoshka=[64, 576]",)),
+    "synthetic, merged": Cell(synthetic=1.0, merged=True),
+    "labelled, distilled": Cell(
+        synthetic=0.0, mined=True, settings=("loss.distillation=1.0", "loss.teacher_temperature=0.02")
+    ),
 }
 
 
@@ -88,27 +100,40 @@ def main() -> None:
         (work / "labelled.new").rename(work / "labelled")
     for seed in arguments.seeds:
         for name in arguments.cells:
-            run_cell(name, seed, work)
+            run_cell(name, seed, work, tuple(arguments.settings), arguments.dimensions)
 
 
-def run_cell(name: str, seed: int, work: Path) -> None:
-    """Train and score one cell, and record it; nothing where its line is there."""
+def run_cell(name: str, seed: int, work: Path, settings: tuple[str, ...], dimensions: int | None) -> None:
+    """Train and score one cell, and record it; nothing where its line is there.
+
+    settings: of all cells.  dimensions: of the vectors that are scored; None: all.
+    """
     results = work / "results.jsonl"
     lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
-    if any((line["cell"], line["seed"]) == (name, seed) for line in map(json.loads, lines)):
+    found = {(line["cell"], line["seed"], line.get("dimensions")) for line in map(json.loads, lines)}
+    if (name, seed, dimensions) in found:
         return
     cell, run = CELLS[name], work / "runs" / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    if not cell.merged:
+        train(cell, seed, run, work, settings)
+    elif not run.is_dir():
+        run_module("e5core.merge", str(run), *(str(work / "runs" / f"synthetic-{n}") for n in (seed, seed + 1)))
+    scores = evaluate(str(run), cell, work, run / "dev.json", dimensions)
+    row = {"bench": "mixtures", "cell": name, "seed": seed, "steps": STEPS, "batch": BATCH, "scores": scores}
+    row |= {} if dimensions is None else {"dimensions": dimensions}
+    record(row | ({"settings": settings} if settings else {}), torch.device("cpu"), results)
+
+
+def train(cell: Cell, seed: int, run: Path, work: Path, settings: tuple[str, ...]) -> None:
+    """Train one cell; nothing where its last checkpoint is there."""
     if cell.mined and not (work / "mined").is_dir():
         mine(work)
     config = run.with_suffix(".toml")
     run.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(config_text(cell, work), encoding="utf-8")
     if not (run / f"step_{STEPS}").is_dir():
-        changes = (f"train.run={run}", f"train.seed={seed}", "train.overwrite=true", *cell.settings)
+        changes = (f"train.run={run}", f"train.seed={seed}", "train.overwrite=true", *cell.settings, *settings)
         run_module("e5core.train", str(config), *changes)
-    scores = evaluate(str(run), cell, work, run / "dev.json")
-    row = {"bench": "mixtures", "cell": name, "seed": seed, "steps": STEPS, "batch": BATCH, "scores": scores}
-    record(row, torch.device("cpu"), results)
 
 
 def config_text(cell: Cell, work: Path) -> str:
@@ -127,7 +152,8 @@ def sources(cell: Cell, work: Path) -> Iterator[dict[str, object]]:
             yield {"path": f"data/synthetic/{name}.jsonl", "ratio": ratio * cell.synthetic} | _tasks(cell, None)
     for name, task in LABELLED.items():
         if cell.synthetic < 1:
-            path = work / ("mined" if cell.mined and name in MINED else "labelled") / f"{name}.jsonl"
+            mined = cell.mined and (name in MINED or cell.distilled)
+            path = work / ("mined" if mined else "labelled") / f"{name}.jsonl"
             ratio = (1 - cell.synthetic) * STEPS * BATCH / len(LABELLED) / ROWS
             yield {"path": str(path), "ratio": ratio, "in_batch": cell.in_batch} | _tasks(cell, task)
 
@@ -142,7 +168,7 @@ def _source_text(source: dict[str, object]) -> str:
     return "[[data.sources]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in source.items()) + "\n"
 
 
-def evaluate(model: str, cell: Cell, work: Path, out: Path) -> dict[str, float]:
+def evaluate(model: str, cell: Cell, work: Path, out: Path, dimensions: int | None) -> dict[str, float]:
     """Score a model on the dev sets, with their instructions where the cell has any."""
     dev = work / "dev"
     sets = [
@@ -151,17 +177,18 @@ def evaluate(model: str, cell: Cell, work: Path, out: Path) -> dict[str, float]:
         *("--classification", str(dev / "banking77")),
     ]
     names = [*RETRIEVAL, "stsb-cc-en-dev", "banking77"]
-    tasks = [] if cell.instructed else ["--task", *(f"{name}=" for name in names)]
-    run_module("e5core.evaluate", model, *sets, *tasks, "--max-tokens", str(MAX_TOKENS), "--out", str(out))
+    options = [] if cell.instructed else ["--task", *(f"{name}=" for name in names)]
+    options += [] if dimensions is None else ["--dimensions", str(dimensions)]
+    run_module("e5core.evaluate", model, *sets, *options, "--max-tokens", str(MAX_TOKENS), "--out", str(out))
     scores: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
     return scores
 
 
 def mine(work: Path) -> None:
-    """Give each labelled row without one a hard negative of its own set, found by the run on synthetic records."""
+    """Give each labelled row a hard negative of its own set, found and scored by the run on synthetic records."""
     model, new = work / "runs" / "synthetic-0", work / "mined.new"
     new.mkdir(exist_ok=True)
-    for name in MINED:
+    for name in LABELLED:
         rows = read_rows(work / "labelled" / f"{name}.jsonl")
         corpus = new / f"{name}.corpus"
         write_rows(corpus, [{"text": text} for text in sorted({row["pos"][0] for row in rows})])
@@ -233,6 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", metavar="DIR", type=Path, required=True, help="runs, cut sets and results.jsonl")
     parser.add_argument("--cells", nargs="+", default=list(CELLS)[:4], choices=CELLS, help="(the first four)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument("--settings", nargs="+", default=[], metavar="section.key=value", help="of every run")
+    parser.add_argument("--dimensions", type=int, metavar="D", help="score the first D numbers of each vector")
     return parser
 
 

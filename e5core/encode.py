@@ -76,21 +76,7 @@ def _vectors(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.  Returns the exit status: 0, 1 for a failed selfcheck, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m e5core.encode", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="run folder, adapter folder, Hugging Face folder or .gguf file")
-    parser.add_argument("--base", metavar="PATH", help="base model of an adapter (default: where the adapter says)")
-    parser.add_argument("--input", type=Path, help='JSON lines with a "text" each')
-    parser.add_argument(
-        "--output", type=Path, help=".npy file to write, (n, dim), unit rows; goes on where it was cut off"
-    )
-    parser.add_argument("--vectors", choices=get_args(Form), default="float32", help="int8: scales in .scales.npy")
-    parser.add_argument("--strategy", choices=get_args(Strategy), default="auto", help="how ranks hold the model")
-    parser.add_argument("--task", help="instruction, for queries; documents have none")
-    parser.add_argument("--max-tokens", type=int, help="cut texts to this many tokens (default: the run's, else 512)")
-    parser.add_argument("--dimensions", type=int, help="keep this many numbers of each vector, of unit length again")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    add_options(parser)
-    parser.add_argument("--selfcheck", action="store_true", help="compare with the vectors stored by the training run")
+    parser = _parser()
     arguments = parser.parse_args(argv)
     if (arguments.input is None) != (arguments.output is None) or not (arguments.selfcheck or arguments.input):
         parser.error("--input and --output are needed together (or --selfcheck alone)")
@@ -118,6 +104,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finish()
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m e5core.encode", description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="run folder, adapter folder, Hugging Face folder or .gguf file")
+    parser.add_argument("--base", metavar="PATH", help="base model of an adapter (default: where the adapter says)")
+    parser.add_argument("--input", type=Path, help='JSON lines with a "text" each')
+    parser.add_argument(
+        "--output", type=Path, help=".npy file to write, (n, dim), unit rows; goes on where it was cut off"
+    )
+    parser.add_argument("--vectors", choices=get_args(Form), default="float32", help="int8: scales in .scales.npy")
+    parser.add_argument("--strategy", choices=get_args(Strategy), default="auto", help="how ranks hold the model")
+    parser.add_argument("--task", help="instruction, for queries; documents have none")
+    parser.add_argument("--max-tokens", type=int, help="cut texts to this many tokens (default: the run's, else 512)")
+    parser.add_argument("--dimensions", type=int, help="keep this many numbers of each vector, of unit length again")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_options(parser)
+    parser.add_argument("--selfcheck", action="store_true", help="compare with the vectors stored by the training run")
+    return parser
 
 
 def _selfcheck(encoder: Encoder) -> bool:

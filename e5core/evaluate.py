@@ -114,24 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m e5core.evaluate", description="Score an embedder on test sets.")
     parser.add_argument("model", metavar="MODEL", help="run folder, adapter, Hugging Face folder or .gguf file")
     parser.add_argument("--base", metavar="PATH", help="base model of an adapter (default: where the adapter says)")
-    for kind, metavar, text in (
-        ("retrieval", "DIR", "BEIR folders: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
-        ("sts", "FILE", ".jsonl files of sentence1, sentence2, score"),
-        ("bitext", "FILE", ".jsonl files of sentence1 (foreign), sentence2 (English)"),
-        ("classification", "DIR", "folders with train.jsonl and test.jsonl of text, label"),
-        ("clustering", "DIR", "folders with test.jsonl of text, label"),
-        ("pair-classification", "DIR", "folders with test.jsonl of sentence1, sentence2, label (1 or 0)"),
-        ("reranking", "DIR", "folders with test.jsonl of query, positive (list), negative (list)"),
-    ):
-        parser.add_argument(f"--{kind}", dest=kind, metavar=metavar, nargs="+", action="extend", default=[], help=text)
-    parser.add_argument(
-        "--passkey", metavar="LENGTH", nargs="+", type=_positive, action="extend", default=[],
-        help="find a person's pass key in made texts of so many tokens (passkey.py)"
-    )  # fmt: skip
-    parser.add_argument(
-        "--passkey-documents", metavar="N", type=_positive, default=N_DOCUMENTS,
-        help=f"texts of each length, to {MOST_DOCUMENTS} (the paper's {N_DOCUMENTS})"
-    )  # fmt: skip
+    _add_sets(parser)
     parser.add_argument(
         "--mteb", metavar="NAME", nargs="+", action="extend", default=[],
         help=f"MTEB's tasks and benchmarks by name, or {', '.join(read_table().groups)}; downloads, needs mteb"
@@ -154,6 +137,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strategy", choices=get_args(Strategy), default="auto", help="how ranks hold the model")
     parser.add_argument("--out", metavar="R.json", type=Path, help="write the scores to this file")
     return parser
+
+
+def _add_sets(parser: argparse.ArgumentParser) -> None:
+    for kind, metavar, text in (
+        ("retrieval", "DIR", "BEIR folders: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
+        ("sts", "FILE", ".jsonl files of sentence1, sentence2, score"),
+        ("bitext", "FILE", ".jsonl files of sentence1 (foreign), sentence2 (English)"),
+        ("classification", "DIR", "folders with train.jsonl and test.jsonl of text, label"),
+        ("clustering", "DIR", "folders with test.jsonl of text, label"),
+        ("pair-classification", "DIR", "folders with test.jsonl of sentence1, sentence2, label (1 or 0)"),
+        ("reranking", "DIR", "folders with test.jsonl of query, positive (list), negative (list)"),
+    ):
+        parser.add_argument(f"--{kind}", dest=kind, metavar=metavar, nargs="+", action="extend", default=[], help=text)
+    parser.add_argument(
+        "--passkey", metavar="LENGTH", nargs="+", type=_positive, action="extend", default=[],
+        help="find a person's pass key in made texts of so many tokens (passkey.py)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--passkey-documents", metavar="N", type=_positive, default=N_DOCUMENTS,
+        help=f"texts of each length, to {MOST_DOCUMENTS} (the paper's {N_DOCUMENTS})"
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 C.jsonl holds the documents ({"text"}, with or without "title"), Q.jsonl training records (records.py), whose positives
 join the corpus where it lacks them. The nearest documents of each record are found exactly, filtered (negatives.py),
 and the first ones, or a random choice, become its `neg`, nearest first, in place of what it had; `scores` are those of
-its first positive and of each negative. MINED.jsonl is ready for data.sources; MINED.report.json and the log say what
-each filter removed.
+its positives and of each negative, as loss.distillation takes them. MINED.jsonl is ready for data.sources;
+MINED.report.json and the log say what each filter removed.
 
 Vectors of any model come by --corpus-vectors and --query-vectors (.npy, a row per line), mapped, not loaded; what they
 lack, MODEL embeds in memory. Records pass through block by block; the texts of the corpus stay in memory.

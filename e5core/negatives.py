@@ -144,12 +144,13 @@ class Miner:
                 self.report.in_evaluation_sets += 1
                 continue
             positives = self.positives.of(int(own[0]))
-            positive_rows = self.corpus.find(np.concatenate([own[1:2], positives]))  # the record's first one leads
+            positive_rows = self.corpus.find(np.concatenate([own[1:], positives]))  # the record's own lead
             similarity = products(queries, self.vectors, np.full(len(positive_rows), i), positive_rows)
             equal = np.append(positive_rows, self.corpus.find(own[:1]))
             kept = self._kept(scores[i], rows[i], equal, float(similarity.min()))
             chosen = self._chosen(kept, first + i)
-            yield self._fields(record, [float(similarity[0]), *scores[i, chosen].tolist()], rows[i, chosen].tolist())
+            told = [*similarity[: len(record.positives)].tolist(), *scores[i, chosen].tolist()]
+            yield self._fields(record, told, rows[i, chosen].tolist())
 
     def _kept(self, scores: np.ndarray, rows: np.ndarray, equal: np.ndarray, positive: float) -> np.ndarray:
         """Filter one record's documents.  positive: the least score of its positives.  Returns places, rising."""

@@ -219,9 +219,12 @@ def test_positives_of_the_query_anywhere_and_equal_texts_are_never_negatives(tmp
     assert (one.id, two.language, two.in_batch, three.source, three.task) == ("one", "en", False, "here", "u")
     vectors, query = np.load(tmp_path / "c.npy").astype(np.float64), np.full(4, 0.5)
     for record in records:
-        texts = [record.positives[0], *record.negatives]
-        assert np.allclose(record.scores, [vectors[DOCUMENTS.index(text)] @ query for text in texts], atol=1e-7)
-        assert list(record.scores[1:]) == sorted(record.scores[1:], reverse=True)
+        texts = [*record.positives, *record.negatives]
+        wanted = [vectors[DOCUMENTS.index(text)] @ query for text in texts]
+        assert record.is_scored and np.allclose(record.scores, wanted, atol=1e-7)
+        found = list(record.scores[len(record.positives) :])
+        assert found == sorted(found, reverse=True)
+    assert max(len(record.positives) for record in records) == 2
     report = json.loads((tmp_path / "mined.report.json").read_text())
     assert report["documents"] == {"repeated": 2, "in evaluation sets": 0, "searched": 5}
     assert report["removed"] == {"positives": 3 + 2 + 3} and report["fewer_negatives"] == 3

@@ -165,4 +165,5 @@ def test_python_examples_import_what_exists(page: Path):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("e5core"):
                 tree = ast.parse(_file_of(node.module).read_text(encoding="utf-8"))
                 there = {n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+                there |= {a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
                 assert {alias.name for alias in node.names} <= there

@@ -25,9 +25,9 @@ from transformers import AutoTokenizer
 from bench.contest import PATIENCE, median, seconds_of
 from bench.peer import load_base
 from bench.roofline import device_name, record
-from e5core.batches import document_text
 from e5core.distributed import log
 from e5core.encode import Encoder, read_texts
+from e5core.template import document_text
 from e5core.tokenizer import Tokenizer
 from e5core.weights import resolve_model
 

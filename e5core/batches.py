@@ -6,9 +6,8 @@ relations between them. A MicroBatch is a packed piece of it: whole sequences on
 by cu_seqlens. Texts that are only encoded may share their prefix, an instruction mostly: it is packed once, and every
 token of it is computed once.
 
-The template is the paper's (arXiv 2401.00368, eq. 1): `Instruct: {task}\\nQuery: {query}` on the query's side,
-documents bare, except for the kinds that the config names (symmetric tasks). The tokenizer ends every text with EOS,
-whose hidden state is the embedding.
+Queries have their template (template.py), documents are bare, except for the kinds that the config names (symmetric
+tasks). The tokenizer ends every text with EOS, whose hidden state is the embedding.
 """
 
 import hashlib
@@ -25,7 +24,8 @@ from torch import Tensor
 
 from e5core.distributed import ALONE, World
 from e5core.recompute import Policy
-from e5core.records import Record, document_text, query_text
+from e5core.records import Record
+from e5core.template import Template, document_text, query_text, training_task
 from e5core.tokenizer import Tokenizer
 from e5kernels.infonce import Relations
 
@@ -45,6 +45,7 @@ class BatchConfig:
     # tokens whose activations are in memory at once; "auto": what suits the device's free memory (estimate.py)
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = 8192
     recompute: Literal[Policy, "auto"] = "none"  # activations that a step computes twice instead of keeping them
+    template: Template = "instruct"  # of queries; "prefix" and "bare" are the paper's ablations (template.py)
     instruct_documents: tuple[Literal["sts", "bitext", "plain"], ...] = ()  # symmetric kinds with it on documents too
 
 
@@ -115,7 +116,8 @@ def build_batch(
     Every rank needs a record. One with several positives gives one of them, drawn by (seed, step, place in the batch);
     the others are no negatives for it. Of more hard negatives than the config asks for, it takes those of its `choice`.
     """
-    texts: list[str] = [query_text(record.task, record.query) for record in records]
+    tasks = [training_task(record, config.template) for record in records]
+    texts = [query_text(task, record.query, config.template) for task, record in zip(tasks, records, strict=True)]
     target, owner, hashes, scores = [], [], [], []
     for i, record in enumerate(records):
         target.append(len(owner))
@@ -123,7 +125,7 @@ def build_batch(
         scores += record.scores_of(positive, negatives)
         for text in (record.positives[positive], *(record.negatives[place] for place in negatives)):
             instructed = record.symmetric and record.kind in config.instruct_documents
-            texts.append(query_text(record.task, text) if instructed else document_text(text))
+            texts.append(query_text(tasks[i], text, config.template) if instructed else document_text(text))
             owner.append(i)
             hashes.append(text_hash(text))
     queries, candidates = _deal_examples(texts, owner, CHARACTERS * config.max_tokens, world.world_size)

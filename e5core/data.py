@@ -20,10 +20,11 @@ from e5core.config import load_config
 from e5core.contamination import find_overlap
 from e5core.distributed import log, log_error
 from e5core.mixture import stored_rows
-from e5core.records import Record, document_text, query_text
+from e5core.records import Record
 from e5core.row_store import StoredRows, build_store, stale, store_folder
 from e5core.run import Config
 from e5core.sources import Notes, Source, format_of, is_growing, read_source
+from e5core.template import Template, document_text, query_text, training_task
 from e5core.tokenizer import Tokenizer
 from e5core.weights import resolve_model
 
@@ -101,7 +102,7 @@ def _check_source(config: Config, source: Source, tokenizer: Tokenizer | None) -
     for message in notes.skipped[:3]:
         log(f"   broken row: {message}")
     dressed = [source.dress(record, row) for row, record in sample]
-    _log_lengths(dressed, tokenizer, config.batch.max_tokens)
+    _log_lengths(dressed, tokenizer, config.batch.max_tokens, config.batch.template)
     for record in dressed[:N_EXAMPLES]:
         _log_example(record, tokenizer, config)
     if notes.skipped and not config.data.skip_broken:
@@ -120,10 +121,10 @@ def _sampled(records: Iterator[Record]) -> tuple[int, list[tuple[int, Record]]]:
     return n_rows, sorted(kept, key=lambda pair: pair[0])
 
 
-def _log_lengths(records: Sequence[Record], tokenizer: Tokenizer | None, max_tokens: int) -> None:
+def _log_lengths(records: Sequence[Record], tokenizer: Tokenizer | None, max_tokens: int, template: Template) -> None:
     """Show how long the texts of each side are, in tokens with the template, cut or not."""
     sides = {
-        "queries": [query_text(record.task, record.query) for record in records],
+        "queries": [query_text(training_task(record, template), record.query, template) for record in records],
         "positives": [document_text(text) for record in records for text in record.positives],
         "negatives": [document_text(text) for record in records for text in record.negatives],
     }
@@ -147,7 +148,9 @@ def _log_example(record: Record, tokenizer: Tokenizer | None, config: Config) ->
     """Show one example as it enters the model, or its texts where there is no tokenizer."""
     log(f"   -- {record.id}{'' if record.in_batch else ' (in-batch negatives off)'}")
     if tokenizer is None:
-        log(f"   query: {query_text(record.task, record.query)!r}\n   positive: {record.positives[0]!r}")
+        template = config.batch.template
+        query = query_text(training_task(record, template), record.query, template)
+        log(f"   query: {query!r}\n   positive: {record.positives[0]!r}")
         return
     batch = build_batch([record], tokenizer, config.batch, config.train.seed, 0)
     sides = ("query", "positive", *["negative"] * len(batch.sequences))

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vectors", choices=get_args(Form), default="float32", help="int8: scales in .scales.npy")
     parser.add_argument("--strategy", choices=get_args(Strategy), default="auto", help="how ranks hold the model")
-    parser.add_argument("--task", help="instruction, for queries; documents have none")
+    parser.add_argument("--task", help="instruction, for queries (or the run's prefix); documents have none")
     parser.add_argument("--max-tokens", type=int, help="cut texts to this many tokens (default: the run's, else 512)")
     parser.add_argument("--dimensions", type=int, help="keep this many numbers of each vector, of unit length again")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")

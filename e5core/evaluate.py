@@ -20,6 +20,7 @@ from e5core.records import nearest
 from e5core.rope_scaling import add_options, chosen_context
 from e5core.scores import score_set, show_table
 from e5core.sharding import Strategy
+from e5core.template import check_task
 from e5core.testsets import METRICS, EvalSet, read_sets
 from e5core.text_encoder import Encoder, ShownEncoder, describe_device
 
@@ -48,20 +49,23 @@ def _run(arguments: argparse.Namespace) -> None:
     chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions", "strategy")}
     context = chosen_context(arguments)
     encoder = Encoder.load(arguments.model, world=world, context=context, **chosen)
+    for _, sign, task in (given.partition("=") for given in arguments.task):
+        check_task(task if sign else None, encoder.template)
     log(describe_device(encoder.device))
     drawn = [(n_tokens, *_passkeys(encoder, n_tokens, arguments)) for n_tokens in arguments.passkey]
     scores: dict[str, float] = {}
-    for eval_set, texts in sets:
+    for eval_set, texts in ((eval_set.under(encoder.template), texts) for eval_set, texts in sets):
         log(f"evaluating {eval_set.name}")
         scores |= score_set(ShownEncoder(encoder), eval_set, texts)
     for n_tokens, reader, passkeys in drawn:
         log(f"evaluating passkey-{n_tokens}")
-        scores[f"passkey-{n_tokens}/accuracy"] = 100.0 * score_passkeys(ShownEncoder(reader), passkeys)
+        scores[f"passkey-{n_tokens}/accuracy"] = 100.0 * score_passkeys(ShownEncoder(reader), passkeys, encoder.template)
     failures: dict[str, str] = {}
     if arguments.mteb:
         settings = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "dimensions")} | asdict(context)
         identity = identify(arguments.model, encoder.dim, encoder.max_tokens, settings)
-        more, failures = run_tasks(tasks, ShownEncoder(encoder).encode, world, identity, folder, given)
+        asked = (tasks, ShownEncoder(encoder).encode, world, identity, folder, given, encoder.template)
+        more, failures = run_tasks(*asked)
         scores |= more
     log(f"{encoder.n_truncated:,} texts were cut to {encoder.max_tokens} tokens")
     if world.is_main:

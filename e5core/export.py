@@ -36,7 +36,7 @@ from e5core.distributed import log, log_error
 from e5core.layouts import hf_description
 from e5core.lora import LoraConfig
 from e5core.model_files import merged, write_gguf, write_hf_weights
-from e5core.records import query_text
+from e5core.template import PREFIXES, Template, query_text
 from e5core.text_encoder import Encoder
 from e5core.tokenizer_files import gguf_tokenizer, write_hf_tokenizer
 from e5core.trained import adapter_folder, check_base, find_card, lora_of
@@ -54,13 +54,13 @@ CONSUMERS: dict[Format, tuple[str, str]] = {
 # Names and instructions as intfloat/e5-mistral-7b-instruct publishes them; query and document are what
 # sentence-transformers' encode_query and encode_document look for.
 _SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
-PROMPTS = {
-    "query": query_text(_SEARCH, ""),
+_INSTRUCTIONS = {
+    "query": _SEARCH,
     "document": "",
-    "web_search_query": query_text(_SEARCH, ""),
-    "sts_query": query_text("Retrieve semantically similar text.", ""),
-    "bitext_query": query_text("Retrieve parallel sentences.", ""),
-    "summarization_query": query_text("Given a news summary, retrieve other semantically similar summaries", ""),
+    "web_search_query": _SEARCH,
+    "sts_query": "Retrieve semantically similar text.",
+    "bitext_query": "Retrieve parallel sentences.",
+    "summarization_query": "Given a news summary, retrieve other semantically similar summaries",
 }
 _WORDS = "Vaccines train the immune system by showing it a harmless part of a germ, 12.5% of it; "
 
@@ -124,12 +124,17 @@ def sample(encoder: Encoder) -> Samples:
 
     counts = [bisect_right(range(len(long)), size, key=n_tokens) - 1 for size in (1, 2, room)]
     texts = [long[:n].strip() for n in counts] + [long.strip(), "Die Straßenbahn fährt alle zehn Minuten."]
-    texts += [
-        query_text("Retrieve parallel sentences.", "猫が窓辺で眠っている。"),
-        query_text(_SEARCH, texts[2]),
-    ]
+    texts += [prompts(encoder.template)["query"] + text for text in (texts[2], "猫が窓辺で眠っている。")]
     ids, _ = encoder.tokenizer.encode_batch(texts, encoder.max_tokens)
     return Samples(texts=texts, ids=ids, vectors=encoder.encode(texts))
+
+
+def prompts(template: Template) -> dict[str, str]:
+    """Return what sentence-transformers puts before texts, by its names of prompts."""
+    if template == "instruct":
+        return {name: query_text(task, "") for name, task in _INSTRUCTIONS.items()}
+    words = PREFIXES if template == "prefix" else ()
+    return {"query": "", "document": ""} | {word: query_text(word, "", template) for word in words}
 
 
 def _read(model: str, base: str | None) -> Trained:
@@ -206,7 +211,7 @@ def _write_sentence_transformers(folder: Path, encoder: Encoder) -> None:
     (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_tokens, "do_lower_case": False})
     write_json(folder / "config_sentence_transformers.json", {
-        "prompts": PROMPTS, "default_prompt_name": None, "similarity_fn_name": "cosine",
+        "prompts": prompts(encoder.template), "default_prompt_name": None, "similarity_fn_name": "cosine",
     })  # fmt: skip
     (folder / "1_Pooling").mkdir()
     (folder / "2_Normalize").mkdir()

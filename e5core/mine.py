@@ -29,6 +29,7 @@ from e5core.negatives import Corpus, MineConfig, Miner, Positives
 from e5core.progress import Display
 from e5core.records import Record, parse_lines, read_lines, read_texts
 from e5core.search import BLOCK_QUERIES
+from e5core.template import training_task
 from e5core.text_encoder import Encoder, ShownEncoder, describe_device
 
 PLAIN_EVERY_S = 10.0
@@ -91,10 +92,10 @@ def mine_file(queries: Path, out: Path, miner: Miner, embed: Embed, n_records: i
 
 
 def embed_queries(encoder: Encoder, records: Sequence[Record]) -> np.ndarray:
-    """Embed the queries of records, each with its task.  Returns (n, D) float32."""
+    """Embed the queries of records, each with its task as in training.  Returns (n, D) float32."""
     by_task: dict[str, list[int]] = {}
     for i, record in enumerate(records):
-        by_task.setdefault(record.task, []).append(i)
+        by_task.setdefault(training_task(record, encoder.template), []).append(i)
     order = np.concatenate([np.array(places) for places in by_task.values()])
     parts = [encoder.encode([records[i].query for i in places], task or None) for task, places in by_task.items()]
     return np.concatenate(parts)[np.argsort(order)]

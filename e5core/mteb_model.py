@@ -25,6 +25,7 @@ from torch import Tensor
 from e5core.distributed import World, log, patient, tell
 from e5core.mteb_tasks import instruct, members, read_table
 from e5core.records import nearest
+from e5core.template import Template
 from e5core.trained import home_of, revision_of
 
 Encode = Callable[[Sequence[str], str | None, bool], np.ndarray]  # texts, instruction, normalize -> (N, D) float32
@@ -64,9 +65,9 @@ def identify(model: str, dim: int, max_tokens: int, settings: Mapping[str, str |
 class MtebModel:
     """What MTEB takes for an encoder (its EncoderProtocol)."""
 
-    def __init__(self, encode: Encode, meta: object, given: Mapping[str, str]) -> None:
+    def __init__(self, encode: Encode, meta: object, given: Mapping[str, str], template: Template = "instruct") -> None:
         """meta: mteb.ModelMeta.  given: instructions by task, instead of those that mteb_tasks.py finds."""
-        self._encode, self._given = encode, given
+        self._encode, self._given, self._template = encode, given, template
         self.mteb_model_meta = meta
 
     def encode(
@@ -84,7 +85,8 @@ class MtebModel:
         inputs: batches, {"text": [...]}.  prompt_type: "query", "document" or None where the task has no such sides.
         Returns (N, D) float32. The other arguments change nothing.
         """
-        told = instruct(task_metadata.name, task_metadata.type, task_metadata.prompt, self._given)
+        name, kind = task_metadata.name, task_metadata.type
+        told = instruct(name, kind, task_metadata.prompt, self._given, self._template)
         bare = prompt_type == "document" and not told.on_documents
         texts = [text for batch in inputs for text in batch["text"]]
         return self._encode(texts, None if bare else told.instruction or None, told.normalize)
@@ -158,10 +160,11 @@ def run_tasks(
     identity: Identity,
     folder: Path,
     given: Mapping[str, str],
+    template: Template = "instruct",
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Score tasks (find_tasks), each once, or take the scores that `folder` has of them.
 
-    groups, identity, folder, given: looked at on rank 0 alone.  encode: works on all ranks together.
+    groups, identity, folder, given, template: looked at on rank 0 alone.  encode: works on all ranks together.
     Returns {"TASK/METRIC": percentage}, each group's means at the end, and {task: why it failed}; both are empty on
     other ranks than 0. A task that fails does not hold up the next.
     Raises TaskFailure where the ranks can no longer embed together.
@@ -174,10 +177,10 @@ def run_tasks(
     failures: dict[str, str] = {}
     for place, task in {_place(task): task for tasks in groups.values() for task in tasks}.items():
         about = task.metadata
-        told = instruct(about.name, about.type, about.prompt, given)
+        told = instruct(about.name, about.type, about.prompt, given, template)
         log(f"evaluating {about.name}; instruction, {told.source}: {told.instruction or 'none'}")
         try:
-            scores[place] = 100.0 * _score(task, leader, identity, folder, given)
+            scores[place] = 100.0 * _score(task, leader, identity, folder, given, template)
             log(f"{place} {scores[place]:.2f}")
         except TaskFailure as error:
             leader.check()
@@ -210,13 +213,15 @@ def _means(groups: Mapping[str, Sequence[Any]], scores: Mapping[str, float]) -> 
     return means
 
 
-def _score(task: Any, leader: Leader, identity: Identity, folder: Path, given: Mapping[str, str]) -> float:
+def _score(
+    task: Any, leader: Leader, identity: Identity, folder: Path, given: Mapping[str, str], template: Template
+) -> float:
     """Return the main score of a task over the subsets that it asks for.  Raises TaskFailure."""
     mteb, name = _mteb(), task.metadata.name
     # Of a task of tasks with one missing MTEB would keep a result without a score, and never run it again.
     parts = [*task.metadata.tasks, task] if task.is_aggregate else [task]
     own = {part.metadata.name: given[name] for part in parts} if name in given else {}
-    model = MtebModel(leader.encode, _meta(identity, own), own)
+    model = MtebModel(leader.encode, _meta(identity, own), own, template)
     results = mteb.ResultCache(folder)
     for part in parts:
         _drop_if_cut_off(results.get_task_result_path(part.metadata.name, model.mteb_model_meta))

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from e5core.config import load_config
+from e5core.template import Template, evaluation_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +48,18 @@ def members(name: str) -> tuple[str, ...]:
     return read_table().groups.get(name, (name,))
 
 
-def instruct(name: str, kind: str, own: str | Mapping[str, str] | None, given: Mapping[str, str]) -> Told:
+def instruct(
+    name: str,
+    kind: str,
+    own: str | Mapping[str, str] | None,
+    given: Mapping[str, str],
+    template: Template = "instruct",
+) -> Told:
     """Say how the texts of a task are embedded.
 
     kind: MTEB's type of the task.  own: the instruction in MTEB's metadata, {"query": ...} where sides differ.
-    given: instructions of the caller by task, "" for none.
+    given: instructions of the caller by task, "" for none.  template: the model's; with prefixes or bare queries, the
+    kind alone decides, where nothing is given.
     Raises ValueError for a kind that is not known.
     """
     table = read_table()
@@ -61,6 +69,8 @@ def instruct(name: str, kind: str, own: str | Mapping[str, str] | None, given: M
     mtebs = own.get("query") if isinstance(own, Mapping) else own
     if name in given:
         instruction, source = given[name], "yours"
+    elif template != "instruct":
+        instruction, source = evaluation_task(kind, table.kinds[kind], template), "of its kind"
     elif papers is not None:
         instruction, source = papers, "the paper's"
     elif mtebs:

@@ -18,6 +18,7 @@ from itertools import cycle, islice, product
 import numpy as np
 
 from e5core.scores import TextEncoder, nearest_rows
+from e5core.template import Template, evaluation_task
 from e5core.tokenizer import Tokenizer
 
 INSTRUCTION = "Given a question, retrieve passages that answer the question"
@@ -67,10 +68,14 @@ def draw_passkeys(
     return Passkeys(documents, [f"what is the passkey for {people[row]}?" for row in answers], answers)
 
 
-def score_passkeys(encoder: TextEncoder, passkeys: Passkeys) -> float:
-    """Return the share of queries whose nearest document is their own; of equal ones the first counts."""
+def score_passkeys(encoder: TextEncoder, passkeys: Passkeys, template: Template = "instruct") -> float:
+    """Return the share of queries whose nearest document is their own; of equal ones the first counts.
+
+    template: of queries, the encoder's.
+    """
     documents = encoder.encode(passkeys.documents)
-    queries = encoder.encode(passkeys.queries, task=INSTRUCTION)
+    task = evaluation_task("retrieval", INSTRUCTION, template)
+    queries = encoder.encode(passkeys.queries, task=task or None)
     found = [int(rows[0]) for rows in nearest_rows(queries, documents, 1)]
     return float(np.mean([row == answer for row, answer in zip(found, passkeys.answers, strict=True)]))
 

@@ -205,16 +205,6 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"known: {', '.join(known)}" + (f"; did you mean {matches[0]}?" if matches else "")
 
 
-def query_text(task: str, query: str) -> str:
-    """Format a query with its instruction; without a task it stays bare.  Text becomes NFC."""
-    return unicodedata.normalize("NFC", f"Instruct: {task}\nQuery: {query}" if task else query)
-
-
-def document_text(text: str) -> str:
-    """Format a document: as it is, in NFC."""
-    return unicodedata.normalize("NFC", text)
-
-
 def record_of(fields: dict[str, object], place: str, *, stem: str, line: int) -> Record:
     """Make a Record of a line's object; place is the "FILE:LINE" that a BrokenRecord names.
 

@@ -26,7 +26,6 @@ from e5core.drawing import histogram
 from e5core.event_file import write_events
 from e5core.mixture import Mixture, load_mixture, stored_rows
 from e5core.page import Markup, escaped, facts, figure, joined, key, page, section, tag
-from e5core.records import query_text
 from e5core.run_page import RunFolder, appendix, curves, head, memory, read_run, scores, trained
 from e5core.similarities import (
     HARD_NEGATIVE,
@@ -42,6 +41,7 @@ from e5core.similarities import (
     training_sample,
 )
 from e5core.sources import files_of
+from e5core.template import SHAPES
 from e5core.testsets import read_retrieval
 from e5core.text_encoder import GOLDEN_TEXTS, Encoder, ShownEncoder, describe_device
 
@@ -125,11 +125,13 @@ def _samples(run: RunFolder, mixture: Mixture | None, max_chars: int) -> Iterato
     if mixture is not None:
         size = config.batch.size if config.batch.composition == "homogeneous" else mixture.epoch_size
         records = mixture.batch(0, min(MOST_EXAMPLES, size))
-        yield "training examples", training_sample(records, config.batch.instruct_documents, max_chars)
+        told = (config.batch.instruct_documents, max_chars, config.batch.template)
+        yield "training examples", training_sample(records, *told)
     for eval_set in chain(config.eval.report, config.eval.sets):
         if eval_set.kind == "retrieval":
             try:
-                yield eval_set.name, retrieval_sample(eval_set, read_retrieval(Path(eval_set.path)), max_chars)
+                texts = read_retrieval(Path(eval_set.path))
+                yield eval_set.name, retrieval_sample(eval_set, texts, max_chars, config.batch.template)
             except (OSError, ValueError) as error:
                 yield eval_set.name, str(error)
             return
@@ -146,7 +148,7 @@ def _selfcheck(encoder: Encoder) -> Markup:
         "selfcheck": joined([verdict, f": {len(GOLDEN_TEXTS)} fixed texts, embedded anew and held against the vectors "
                              f"that training stored. Lowest cosine {least:.7f}, allowed {allowed:.7g}. {told}"]),
         "vectors": f"{encoder.model.backbone.config.dim:,} numbers, of length 1",
-        "query template": tag("code", query_text("{task}", "{query}")),
+        "query template": tag("code", SHAPES[encoder.template]),
         "longest text": f"{encoder.max_tokens:,} tokens; longer ones are cut",
         "here": f"{describe_device(encoder.device)}",
     })  # fmt: skip

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from e5core.records import Record, document_text, query_text
+from e5core.records import Record
+from e5core.template import Template, document_text, query_text, training_task
 from e5core.testsets import EvalSet, Retrieval
 
 OTHER, POSITIVE, HARD_NEGATIVE, LEFT_OUT = range(4)
@@ -43,7 +44,9 @@ class Retrieved(NamedTuple):
     first_cosine: float
 
 
-def training_sample(records: Sequence[Record], instructed: Collection[str], max_chars: int) -> Sample:
+def training_sample(
+    records: Sequence[Record], instructed: Collection[str], max_chars: int, template: Template = "instruct"
+) -> Sample:
     """Take the first records with their first positive and hard negative, as many as the bounds allow, at least two.
 
     instructed: the kinds whose documents carry the instruction too (batch.instruct_documents).
@@ -70,12 +73,13 @@ def training_sample(records: Sequence[Record], instructed: Collection[str], max_
     candidates = []
     for i, text in owners:
         with_task = kept[i].symmetric and kept[i].kind in instructed
-        candidates.append(query_text(kept[i].task, text) if with_task else document_text(text))
-    queries = [query_text(record.task, record.query) for record in kept]
+        task = training_task(kept[i], template)
+        candidates.append(query_text(task, text, template) if with_task else document_text(text))
+    queries = [query_text(training_task(record, template), record.query, template) for record in kept]
     return Sample(queries, [record.query for record in kept], candidates, relation)
 
 
-def retrieval_sample(eval_set: EvalSet, texts: Retrieval, max_chars: int) -> Sample:
+def retrieval_sample(eval_set: EvalSet, texts: Retrieval, max_chars: int, template: Template = "instruct") -> Sample:
     """Take some queries of a retrieval set, all documents that answer them, and as many others as the bounds allow.
 
     max_chars: as in training_sample.  Raises ValueError where no query has a document that answers it.
@@ -110,7 +114,8 @@ def retrieval_sample(eval_set: EvalSet, texts: Retrieval, max_chars: int) -> Sam
         [[POSITIVE if d in answers[q] else LEFT_OUT if d == q else OTHER for d in documents] for q in chosen], np.int8
     )
     shown = [texts.queries[name] for name in chosen]
-    queries = [query_text(eval_set.instruction, text) for text in shown]
+    task = eval_set.under(template).instruction
+    queries = [query_text(task, text, template) for text in shown]
     return Sample(queries, shown, [document_text(texts.documents[d]) for d in documents], relation)
 
 

@@ -13,7 +13,7 @@ The instructions are those of arXiv 2401.00368, table 15. Text leaves here in NF
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,6 +29,7 @@ from e5core.records import (
     read_lines,
     required,
 )
+from e5core.template import Template, evaluation_task
 
 TASKS = {  # instruction by the set's name: the first pattern that fits
     "xquad-*": "Given a question, retrieve Wikipedia passages that answer the question",
@@ -91,6 +92,10 @@ class EvalSet:
             return self.task
         named = (task for pattern, task in TASKS.items() if fnmatchcase(self.name, pattern))
         return next(named, DEFAULT_TASKS.get(self.kind, ""))
+
+    def under(self, template: Template) -> "EvalSet":
+        """Return the set as a model of this template is told of it."""
+        return replace(self, task=evaluation_task(self.kind, self.instruction, template))
 
     @property
     def measures(self) -> tuple[str, ...]:

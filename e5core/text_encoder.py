@@ -20,13 +20,14 @@ import e5kernels.rms_norm
 import e5kernels.rope
 import e5kernels.swiglu
 from e5core.adapter import read_adapter
-from e5core.batches import CHARACTERS, deal, document_text, pack, query_text
+from e5core.batches import CHARACTERS, deal, pack
 from e5core.checkpoint import check_files
 from e5core.distributed import ALONE, World, alone, gather_rows, largest, sum_over_ranks
 from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype, unit_prefix
 from e5core.metrics import TextProgress
 from e5core.rope_scaling import AS_TRAINED, LongContext
 from e5core.sharding import Strategy
+from e5core.template import Template, check_task, document_text, evaluation_task, query_text, template_of
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.trained import DEFAULT_MAX_TOKENS, adapter_folder, check_base, find_card, lora_of
 from e5core.weights import resolve_model
@@ -71,10 +72,12 @@ class Encoder:
         max_tokens: int,
         world: World = ALONE,
         dimensions: int | None = None,
+        template: Template = "instruct",
     ) -> None:
         """world: whose ranks all hold this model, and call every method together, with the same texts.
 
         dimensions: how many numbers of an embedding are kept (unit_prefix); None: all.
+        template: of queries, that of training.
         """
         config = model.backbone.config
         if dimensions is not None and not 1 <= dimensions <= config.dim:
@@ -86,7 +89,7 @@ class Encoder:
         if max_tokens > config.max_positions:
             raise ValueError(f"max_tokens is {max_tokens}, the model was made for at most {config.max_positions}")
         self.model, self.tokenizer, self.device, self.world = model, tokenizer, device, world
-        self.max_tokens = max_tokens
+        self.max_tokens, self.template = max_tokens, template
         self.dim = config.dim if dimensions is None else dimensions
         self.chunk = CHUNK * world.world_size  # texts that go through all ranks together
         # Encoding XQuAD's documents with SmolLM2 on 2 AVX2 cores: 534 tokens/s at 1,024, 490 at 4,096 (caches).
@@ -147,7 +150,7 @@ class Encoder:
         causal, pooling = card.causal, card.pooling
         built = build_model(path, chosen, device, causal=causal, pooling=pooling, lora=lora_of(card), seed=0, **held)
         read_adapter(folder, built.backbone, built.put)
-        encoder = cls(built, tokenizer, device, length, world, dimensions)
+        encoder = cls(built, tokenizer, device, length, world, dimensions, template_of(card.template))
         if (folder / "golden.npy").is_file() and dimensions is None and context == AS_TRAINED:
             encoder.golden = np.load(folder / "golden.npy", allow_pickle=False)
         encoder.golden_tolerance = 1e-3 if "bfloat16" in (card.dtype, str(chosen).removeprefix("torch.")) else 1e-5
@@ -166,15 +169,18 @@ class Encoder:
     ) -> np.ndarray:
         """Embed texts.
 
-        task: the instruction of queries (and of both sides in symmetric tasks); None for documents.
+        task: the instruction of queries (and of both sides in symmetric tasks), or the prefix, for a model that was
+        trained with these; None for documents.
         progress: told of every micro-batch's texts and their tokens, a shared prefix in each (other ranks' when their
         vectors come); None shows nothing.
         Returns (n, dim) float32 in the order of the texts, unit rows unless `normalize` is false.
-        Raises FloatingPointError where an embedding is not finite.
+        Raises FloatingPointError where an embedding is not finite, ValueError for a task that its template has not.
         """
+        check_task(task, self.template)
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         for first in range(0, len(texts), self.chunk):
-            formatted = [query_text(task, t) if task else document_text(t) for t in texts[first : first + self.chunk]]
+            piece = texts[first : first + self.chunk]
+            formatted = [query_text(task, text, self.template) if task else document_text(text) for text in piece]
             vectors[first : first + self.chunk] = self._encode_chunk(formatted, normalize, progress)
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):
@@ -211,8 +217,9 @@ class Encoder:
         return vectors.cpu().numpy()
 
     def golden_vectors(self) -> np.ndarray:
-        """Embed GOLDEN_TEXTS.  Returns (10, dim) float32."""
-        return np.concatenate([self.encode([text], task) for task, text in GOLDEN_TEXTS])
+        """Embed GOLDEN_TEXTS, with the template's own tasks.  Returns (10, dim) float32."""
+        told = [(evaluation_task("retrieval", task or "", self.template), text) for task, text in GOLDEN_TEXTS]
+        return np.concatenate([self.encode([text], task or None) for task, text in told])
 
     def selfcheck(self) -> float:
         """Embed GOLDEN_TEXTS again.  Returns the lowest cosine to the stored vectors.

@@ -44,10 +44,11 @@ from e5core.run import (
 from e5core.saving import Saving
 from e5core.scores import evaluate, show_table
 from e5core.step import backward_step, make_optimizer
+from e5core.template import SHAPES
 from e5core.testsets import EvalSet
 from e5core.text_encoder import Encoder, ShownEncoder, describe_device
 from e5core.tokenizer import Tokenizer
-from e5core.trained import TEMPLATE, adapter_folder
+from e5core.trained import adapter_folder
 from e5core.weights import fingerprint
 
 
@@ -88,7 +89,8 @@ def _run(
     model = build_model(model_path, dtype, device, lora=config.lora, seed=config.train.seed, **form, **held)
     if config.lora.init is not None:
         read_adapter(adapter_folder(Path(config.lora.init)), model.backbone, model.put)
-    encoder = Encoder(model, Tokenizer.load(model_path, config.tokenizer), device, config.eval.max_tokens, world)
+    tokenizer, template = Tokenizer.load(model_path, config.tokenizer), config.batch.template
+    encoder = Encoder(model, tokenizer, device, config.eval.max_tokens, world, template=template)
     resume_step = share(make_folder(run, config) if world.is_main else None, world)[0]
     if world.is_main:
         _show_start(config, mixture, encoder.tokenizer)
@@ -145,7 +147,7 @@ def _loop(
                     _show_peak(run, planned, encoder.device)
                 done += 1
                 if config.eval.every and (done % config.eval.every == 0 or done == n_steps):
-                    logged["eval"] = share(evaluate(encoder, config.eval.sets), world)[0]
+                    logged["eval"] = share(evaluate(encoder, _told(encoder, config.eval.sets)), world)[0]
                     best = _better(best, done, config.eval.metric, logged["eval"])
                 tell(logged)
                 is_best, due = best is not None and best["step"] == done, config.train.save_every
@@ -294,10 +296,14 @@ def _report(run: Path, moment: str, encoder: Encoder, sets: Sequence[EvalSet]) -
     scores = share(json.loads(file.read_text()) if world.is_main and file.is_file() else {}, world)[0]
     if sets and (moment == "after" or moment not in scores):
         log(f"evaluating {moment} training: {', '.join(item.name for item in sets)}")
-        scores[moment] = share(evaluate(ShownEncoder(encoder), sets), world)[0]
+        scores[moment] = share(evaluate(ShownEncoder(encoder), _told(encoder, sets)), world)[0]
         if world.is_main:
             checkpoint.write_json(file, scores)
     return scores
+
+
+def _told(encoder: Encoder, sets: Sequence[EvalSet]) -> list[EvalSet]:
+    return [item.under(encoder.template) for item in sets]
 
 
 def _show_start(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> None:
@@ -325,7 +331,7 @@ def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card
         lora={key: value for key, value in asdict(config.lora).items() if key != "init"},
         tokenizer=asdict(config.tokenizer),
         tokenizer_contract=dict(encoder.tokenizer.contract()),
-        template=TEMPLATE,
+        template=SHAPES[config.batch.template],
     )
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from e5core.adapter import read_lora
 from e5core.checkpoint import Card, read_best, read_card, step_folder, steps_of
 from e5core.lora import LoraConfig
-from e5core.records import query_text
+from e5core.template import SHAPES, template_of
 from e5core.tokenizer import Tokenizer, TokenizerConfig
 from e5core.weights import fingerprint, read_config, resolve_model
 
-TEMPLATE = query_text("{task}", "{query}")
 DEFAULT_MAX_TOKENS = 512  # paper, appendix A
 
 
@@ -73,8 +72,10 @@ def check_base(folder: Path, card: Card) -> Path:
             f"{path}: not the base model that {folder} was trained on: sha256 {found[:12]}..., expected "
             f"{card.base_sha256[:12]}..."
         )
-    if card.template != TEMPLATE:
-        raise ValueError(f"{folder}: trained with the template {card.template!r}, this version has {TEMPLATE!r}")
+    try:
+        template_of(card.template)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     return path
 
 
@@ -111,5 +112,5 @@ def _others_card(folder: Path, base: str | None) -> Card:
         lora=asdict(lora),
         tokenizer=asdict(TokenizerConfig()),
         tokenizer_contract=dict(Tokenizer.load(path).contract()),
-        template=TEMPLATE,
+        template=SHAPES["instruct"],
     )

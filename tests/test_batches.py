@@ -4,8 +4,9 @@ import pytest
 import torch
 from models import save_embedder
 
-from e5core.batches import BatchConfig, build_batch, chosen_positive, document_text, pack, query_text, text_hash
+from e5core.batches import BatchConfig, build_batch, chosen_positive, pack, text_hash
 from e5core.records import Record
+from e5core.template import document_text, query_text
 from e5core.tokenizer import Tokenizer
 
 

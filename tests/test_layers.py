@@ -34,6 +34,7 @@ FLOORS = (
             "preemption",
             "progress",
             "records",
+            "template",
             "tokenizer",
             "vector_shards",
         },
@@ -92,7 +93,7 @@ FLOORS = (
     ),
 )
 # beside each other; torch takes seconds, and API machines have none
-SYNTH_IMPORTS = {"archives", "config", "contamination", "progress", "records"}
+SYNTH_IMPORTS = {"archives", "config", "contamination", "progress", "records", "template"}
 KERNEL_IMPORTS = {"torch", "triton", "numpy", "e5kernels"}  # and the standard library
 NEVER_IMPORTED = {"tests", "bench", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 ENVIRONMENT_READERS = {"distributed", "synth.client"}  # ranks; API keys

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from e5core.records import RESPONSE_KEYS, query_text
+from e5core.records import RESPONSE_KEYS
+from e5core.template import query_text
 
 # A label is the positive of many records, and of a symmetric kind's texts others may rightly be as similar
 FILTERED = ("short_long", "long_long", "short_short")

@@ -25,10 +25,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from e5core.archives import CHUNK_BYTES, DamagedArchive, open_file, plain_name
-from e5core.records import MAX_NEGATIVES, BrokenRecord, decode_line, parse_object, read_lines, required
+from e5core.records import (
+    MAX_NEGATIVES,
+    BrokenRecord,
+    checked_text,
+    decode_line,
+    parse_object,
+    read_lines,
+    required,
+)
 
 Fields = dict[str, object]
 LONGEST_ELEMENT = 1 << 26  # characters of a JSON array's element; beyond it something is not closed
+NAMELESS = {"", "Unnamed: 0", "__index_level_0__"}  # what pandas calls the column of row numbers
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
 
 
@@ -76,6 +85,7 @@ MARKS = (  # the first that a row has tells a JSON-lines file's format
     ("tevatron", {"query", "positive_passages"}),
     ("tevatron", {"query", "positives"}),
     ("flagembedding", {"query", "pos", "prompt"}),
+    ("flagembedding", {"query", "pos", "type"}),
     ("flagembedding", {"query", "pos", "pos_scores"}),
     ("flagembedding", {"query", "pos", "neg_scores"}),
     ("records", {"query", "pos"}),
@@ -149,6 +159,8 @@ def _triplet(row: object, place: str) -> Fields:
         query, positives = given["anchor"], _texts(given["positive"])
         rest = [text for name, value in given.items() if name.startswith("negative") for text in _texts(value)]
     else:
+        if NAMELESS & given.keys():
+            raise BrokenRecord(f"{place}: a column without a name is a table's index; leave it out of the file")
         query, *values = given.values()
         positives = _texts(values[0] if values else None)
         rest = [text for value in values[1:] for text in _texts(value)]
@@ -186,8 +198,8 @@ def _passage(item: object, place: str) -> str:
     """Join a passage's title and text by a space."""
     if not isinstance(item, dict) or not isinstance(item.get("text"), str):
         raise BrokenRecord(f"{place}: a passage must be an object with a text")
-    title = item.get("title") or ""
-    return f"{title} {item['text']}".strip() if isinstance(title, str) else item["text"]
+    title = checked_text(item.get("title") or "", place, "title", blank=True)
+    return f"{title} {item['text']}".strip()
 
 
 def _list(given: Fields, key: str, place: str) -> list:
@@ -247,6 +259,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, object]]:
     with _named(path, lambda: reader.line_num), open_file(path) as file:
         # A byte that is no UTF-8 becomes half a surrogate pair, which the check of the row names
         lines = (raw.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape") for i, raw in enumerate(file))
+        csv.field_size_limit(LONGEST_ELEMENT)  # its own limit is 128 KiB
         reader = csv.reader(lines, strict=True)
         header: list[str] | None = None
         while True:

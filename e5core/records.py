@@ -231,7 +231,7 @@ def _synthetic_record(fields: dict[str, object], place: str, stem: str, line: in
     _refuse_unknown(response, keys, place, where="response.")
     texts = [checked_text(required(response, key, place, where="response."), place, f"response.{key}") for key in keys]
     return Record(
-        id=_optional_text(fields, "id", place, f"{stem}:{line}"),
+        id=_identity(fields, place, f"{stem}:{line}"),
         task=checked_text(required(fields, "task", place), place, "task"),
         query=texts[0],
         positives=(texts[1],),
@@ -259,7 +259,7 @@ def _plain_record(fields: dict[str, object], kind: str, place: str, stem: str, l
     if task != "" or kind != "plain":
         task = checked_text(task, place, "task")
     return Record(
-        id=_optional_text(fields, "id", place, f"{stem}:{line}"),
+        id=_identity(fields, place, f"{stem}:{line}"),
         task=task,
         query=query,
         positives=positives,
@@ -317,6 +317,12 @@ def checked_number(value: object, place: str, name: str) -> float:
 
 def _optional_text(fields: dict[str, object], key: str, place: str, default: str) -> str:
     return checked_text(fields[key], place, key) if key in fields else default
+
+
+def _identity(fields: dict[str, object], place: str, default: str) -> str:
+    value = fields.get("id")
+    whole = isinstance(value, int) and not isinstance(value, bool)  # as many files have it
+    return str(value) if whole else _optional_text(fields, "id", place, default)
 
 
 def _switch(fields: dict[str, object], key: str, place: str, default: bool) -> bool:

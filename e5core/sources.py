@@ -16,7 +16,7 @@ from e5core.records import BrokenRecord, Record, record_of, stem_of
 
 FormatName = Literal[
     "auto", "records", "flagembedding", "tevatron", "e5", "triplets", "dpr", "triples-tsv",
-    "beir", "msmarco", "miracl", "mrtydi",
+    "beir", "msmarco", "miracl", "mrtydi", "tevatron-ids",
 ]  # fmt: skip
 
 
@@ -31,7 +31,7 @@ class Source:
     format: FormatName = (
         "auto"  # auto: told by the files; a folder and a file's format: all its files of such an ending
     )
-    split: str = "train"  # of beir, msmarco, miracl, mrtydi: which judgements
+    split: str = "train"  # of a folder of corpus and queries: which judgements
     ratio: Annotated[float, Field(gt=0, le=100)] = 1.0  # of its records per epoch
     # instead of ratio, in all sources or in none: this source's part of an epoch, as long as all sources together
     weight: Annotated[float, Field(gt=0)] | None = None
@@ -120,10 +120,11 @@ def read_source(source: Source, spool: Path, notes: Notes) -> Iterator[Record]:
 
 def _joined(source: Source, name: str, spool: Path, notes: Notes) -> Iterator[Record]:
     path = Path(source.path)
-    for place, line, fields in joined_rows(path, name, source.split, spool):
+    for place, line, fields in joined_rows(path, name, source.split, spool, notes.broken):
+        if fields is None:
+            notes.n_without_positive += 1
+            continue
         try:
-            if isinstance(fields, BrokenRecord):
-                raise fields
             yield record_of(fields, place, stem=path.resolve().name, line=line)
         except BrokenRecord as error:
             notes.broken(error)

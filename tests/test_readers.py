@@ -158,12 +158,26 @@ def write_mrtydi(folder: Path) -> None:
     (folder / "qrels.train.txt").write_text("".join(judged))
 
 
+def write_tevatron_ids(folder: Path) -> None:
+    (folder / "corpus").mkdir(parents=True)
+    for part, texts in enumerate((POSITIVES, NEGATIVES)):  # ids are numbers in one part, texts in the queries
+        rows = [{"docid": 100 * part + i, "text": text, "image": None} for i, text in enumerate(texts)]
+        (folder / f"corpus/part{part}.jsonl.gz").write_bytes(gzip.compress(lines(rows)))
+    rows = [
+        {"query_id": f"id{i}", "query_text": query, "query_image": None, "positive_document_ids": [str(i)],
+         "negative_document_ids": [str(100 + i), str(i)], "answer": None, "source": "x"}
+        for i, query in enumerate(QUERIES)
+    ]  # fmt: skip
+    (folder / "train.jsonl").write_bytes(lines(rows))
+
+
 FOLDERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "beir": ("beir", write_beir),
     "msmarco": ("msmarco", write_msmarco),
     "msmarco documents": ("msmarco", write_msmarco_documents),
     "miracl": ("miracl", write_miracl),
     "mrtydi": ("mrtydi", write_mrtydi),
+    "tevatron-ids": ("tevatron-ids", write_tevatron_ids),
 }
 
 
@@ -200,15 +214,18 @@ def test_a_document_that_is_missing_or_there_twice_is_named(tmp_path: Path) -> N
         read(tmp_path, source)
     records, notes = read(tmp_path, source, skip_broken=True)
     assert triples(records) == TRIPLES[1:] and len(notes.skipped) == 1
-    corpus.write_bytes(whole + whole.split(b"\n", 1)[0])
-    with pytest.raises(BrokenRecord, match="'p 0' occurs twice"):
+    first = whole.split(b"\n", 1)[0]
+    corpus.write_bytes(whole + first)
+    assert triples(read(tmp_path, source)[0]) == TRIPLES  # parts that overlap
+    corpus.write_bytes(whole + first.replace(b'"text": "', b'"text": "other '))
+    with pytest.raises(BrokenRecord, match="'p 0' occurs twice in the corpus, with two texts"):
         read(tmp_path, source)
 
 
 def test_documents_are_found_though_all_ids_have_one_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_beir(tmp_path / "set")
     monkeypatch.setattr("e5core.joined._hash", lambda identity: 5)
-    corpus = Corpus([tmp_path / "set/corpus.jsonl"], tmp_path)
+    corpus = Corpus([tmp_path / "set/corpus.jsonl"], tmp_path, Notes(skip_broken=False).broken)
     assert [corpus.text(f"n {i}", "here") for i in range(len(TRIPLES))] == list(NEGATIVES)
     with pytest.raises(BrokenRecord, match="here: .*'n 99'"):
         corpus.text("n 99", "here")

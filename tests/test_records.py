@@ -129,7 +129,7 @@ BROKEN = {
     "positive in an object": (PLAIN | {"pos": [{"text": "p"}]}, "pos[0] must be a string, got an object"),
     "blank task": (PLAIN | {"task": " "}, "task is empty"),
     "kind without task": ({"query": "q", "pos": "p", "kind": "short_long"}, "task is empty"),
-    "id is a number": (PLAIN | {"id": 7}, "id must be a string, got a number"),
+    "id is a list": ({**PLAIN, "id": [7]}, "id must be a string, got a list"),
     "two languages": (PLAIN | {"lang": "de", "language": "German"}, "give one of them"),
     "too many negatives": (PLAIN | {"neg": ["n"] * 16}, "at most 15 negatives, got 16"),
     "too few scores": (PLAIN | {"neg": ["n", "m"], "scores": [1, 2]}, "got 2 for 1 positive + 2 negatives"),

@@ -7,17 +7,30 @@ scored once by e5core.evaluate on dev sets cut small enough for a CPU. Cells dif
     labelled     equal parts of SNLI, FEVER, SQuAD sentences and MedQuAD; only SNLI's rows have hard negatives
     mixed        half of either
 
-A cell that has a line in WORK/results.jsonl is not run again, so a stopped bench goes on. Mined negatives, and with
-them a teacher's scores, come from the run "synthetic" of seed 0; a merged cell is the mean of the runs "synthetic" of
-its seed and the next.
+Which cells decide what (docs/results.md has what they said):
+
+    is it the ratio?             mixed by rows, 7% synthetic; mixed, 80% synthetic
+    is it time?                  the cells of 75 steps, which leave the first plateau behind
+    the missing hard negatives?  synthetic, no hard negatives (takes them away); mixed, mined negatives (gives them)
+    easy in-batch negatives?     mixed, labelled apart: labelled queries see only their own candidates, which are
+                                 offered to nobody; beside synthetic, batches of 8, which is as many synthetic records a
+                                 step. With mined negatives, so that labelled rows still teach something
+    are small batches to blame   mixed, homogeneous batches of 64, beside mixed, batches of 64
+    for homogeneous ones?
+
+A cell that has a line in WORK/results.jsonl, of the same --set, is not run again, so a stopped bench goes on. Mined
+negatives, and with them a teacher's scores, come from the run "synthetic" of seed 0; a merged cell is the mean of the
+runs "synthetic" of its seed and the next.
 """
 
 import argparse
 import gzip
 import json
 import random
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +67,8 @@ class Cell:
     composition: str = "mixed"
     in_batch: bool = True  # of the labelled sets
     mined: bool = False  # labelled rows with a hard negative each
-    instructed: bool = True  # in training and in the scoring
+    steps: int = STEPS
+    batch: int = BATCH
     merged: bool = False  # no training: the mean of two seeds' runs on synthetic records
     settings: tuple[str, ...] = ()  # section.key=value
 
@@ -75,8 +89,22 @@ CELLS = {
     "mixed, mined negatives": Cell(synthetic=0.5, mined=True),
     "mixed, homogeneous, mined negatives": Cell(synthetic=0.5, composition="homogeneous", mined=True),
     "labelled, homogeneous batches": Cell(synthetic=0.0, composition="homogeneous"),
-    "synthetic, no instructions": Cell(synthetic=1.0, instructed=False),
-    "labelled, no instructions": Cell(synthetic=0.0, instructed=False),
+    "synthetic, no hard negatives": Cell(synthetic=1.0, settings=("batch.negatives=0",)),
+    "mixed, labelled apart": Cell(synthetic=0.5, in_batch=False),
+    "mixed, labelled apart, mined negatives": Cell(synthetic=0.5, in_batch=False, mined=True),
+    "synthetic, batches of 8": Cell(synthetic=1.0, batch=8),
+    "synthetic, 75 steps": Cell(synthetic=1.0, steps=75),
+    "labelled, 75 steps": Cell(synthetic=0.0, steps=75),
+    "mixed, 75 steps": Cell(synthetic=0.5, steps=75),
+    "mixed, homogeneous batches, 75 steps": Cell(synthetic=0.5, composition="homogeneous", steps=75),
+    "mixed, mined negatives, 75 steps": Cell(synthetic=0.5, mined=True, steps=75),
+    "mixed, batches of 64": Cell(synthetic=0.5, batch=64),
+    "mixed, homogeneous batches of 64": Cell(synthetic=0.5, composition="homogeneous", batch=64),
+    "synthetic, no instructions": Cell(synthetic=1.0, settings=('batch.template="bare"',)),
+    "labelled, no instructions": Cell(synthetic=0.0, settings=('batch.template="bare"',)),
+    "mixed, no instructions": Cell(synthetic=0.5, settings=('batch.template="bare"',)),
+    "synthetic, prefixes": Cell(synthetic=1.0, settings=('batch.template="prefix"',)),
+    "mixed, prefixes": Cell(synthetic=0.5, settings=('batch.template="prefix"',)),
     "synthetic, mean pooling": Cell(synthetic=1.0, settings=('backbone.pooling="mean"',)),
     "synthetic, weighted mean pooling": Cell(synthetic=1.0, settings=('backbone.pooling="weighted_mean"',)),
     "synthetic, bidirectional": Cell(synthetic=1.0, settings=("backbone.causal=false",)),
@@ -100,93 +128,99 @@ def main() -> None:
         (work / "labelled.new").rename(work / "labelled")
     for seed in arguments.seeds:
         for name in arguments.cells:
-            run_cell(name, seed, work, tuple(arguments.settings), arguments.dimensions)
+            run_cell(name, seed, work, arguments.set, arguments.dimensions)
 
 
-def run_cell(name: str, seed: int, work: Path, settings: tuple[str, ...], dimensions: int | None) -> None:
+def run_cell(name: str, seed: int, work: Path, given: Sequence[str] = (), dimensions: int | None = None) -> None:
     """Train and score one cell, and record it; nothing where its line is there.
 
-    settings: of all cells.  dimensions: of the vectors that are scored; None: all.
+    given: settings of all cells.  dimensions: of the vectors that are scored; None: all.
     """
     results = work / "results.jsonl"
     lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
-    found = {(line["cell"], line["seed"], line.get("dimensions")) for line in map(json.loads, lines)}
-    if (name, seed, dimensions) in found:
+    known = [(x["cell"], x["seed"], x.get("set", []), x.get("dimensions")) for x in map(json.loads, lines)]
+    if (name, seed, list(given), dimensions) in known:
         return
-    cell, run = CELLS[name], work / "runs" / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    cell, run = CELLS[name], work / "runs" / run_name(name, seed, given)
+    started = time.monotonic()
     if not cell.merged:
-        train(cell, seed, run, work, settings)
+        train(cell, seed, run, work, given)
     elif not run.is_dir():
-        run_module("e5core.merge", str(run), *(str(work / "runs" / f"synthetic-{n}") for n in (seed, seed + 1)))
-    scores = evaluate(str(run), cell, work, run / "dev.json", dimensions)
-    row = {"bench": "mixtures", "cell": name, "seed": seed, "steps": STEPS, "batch": BATCH, "scores": scores}
+        for n in (seed, seed + 1):
+            run_cell("synthetic", n, work, given)
+        parts = (str(work / "runs" / run_name("synthetic", n, given)) for n in (seed, seed + 1))
+        run_module("e5core.merge", str(run), *parts)
+    scores = evaluate(str(run), work, run / "dev.json", dimensions)
+    row = {"bench": "mixtures", "cell": name, "seed": seed, "steps": cell.steps, "batch": cell.batch}
+    row |= {"set": list(given), "seconds": round(time.monotonic() - started), "scores": scores}
     row |= {} if dimensions is None else {"dimensions": dimensions}
-    record(row | ({"settings": settings} if settings else {}), torch.device("cpu"), results)
+    record(row, torch.device("cpu"), results)
 
 
-def train(cell: Cell, seed: int, run: Path, work: Path, settings: tuple[str, ...]) -> None:
+def train(cell: Cell, seed: int, run: Path, work: Path, given: Sequence[str]) -> None:
     """Train one cell; nothing where its last checkpoint is there."""
     if cell.mined and not (work / "mined").is_dir():
-        mine(work)
+        mine(work, given)
     config = run.with_suffix(".toml")
     run.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(config_text(cell, work), encoding="utf-8")
-    if not (run / f"step_{STEPS}").is_dir():
-        changes = (f"train.run={run}", f"train.seed={seed}", "train.overwrite=true", *cell.settings, *settings)
+    if not (run / f"step_{cell.steps}").is_dir():
+        changes = (f"train.run={run}", f"train.seed={seed}", "train.overwrite=true", *cell.settings, *given)
         run_module("e5core.train", str(config), *changes)
+
+
+def run_name(name: str, seed: int, given: Sequence[str]) -> str:
+    """Return the name of a cell's run folder."""
+    return re.sub("[^a-z0-9.]+", "_", "-".join([name, *given, str(seed)]))
 
 
 def config_text(cell: Cell, work: Path) -> str:
     """Write the quickstart's config with the cell's sources and batches."""
     head, _, rest = QUICKSTART.read_text(encoding="utf-8").partition("[[data.sources]]")
     tables = "[batch]" + rest.partition("[batch]")[2].partition("[[eval.report]]")[0]
-    head = head.replace("epochs = 1.0", f"steps = {STEPS}")
+    head = head.replace("epochs = 1.0", f"steps = {cell.steps}")
     tables = tables.replace('composition = "mixed"', f'composition = "{cell.composition}"')
+    tables = tables.replace("size = 16 ", f"size = {cell.batch} ")
     return head + "".join(map(_source_text, sources(cell, work))) + tables
 
 
 def sources(cell: Cell, work: Path) -> Iterator[dict[str, object]]:
-    """Yield the cell's [[data.sources]]: ratios that make the epoch the run's STEPS * BATCH records."""
+    """Yield the cell's [[data.sources]]: ratios that make the epoch the run's records."""
+    n_records = cell.steps * cell.batch
     for name, ratio in SYNTHETIC.items():
         if cell.synthetic:
-            yield {"path": f"data/synthetic/{name}.jsonl", "ratio": ratio * cell.synthetic} | _tasks(cell, None)
+            ratio *= cell.synthetic * n_records / (STEPS * BATCH)
+            yield {"path": f"data/synthetic/{name}.jsonl", "ratio": ratio}
     for name, task in LABELLED.items():
         if cell.synthetic < 1:
             mined = cell.mined and (name in MINED or cell.distilled)
             path = work / ("mined" if mined else "labelled") / f"{name}.jsonl"
-            ratio = (1 - cell.synthetic) * STEPS * BATCH / len(LABELLED) / ROWS
-            yield {"path": str(path), "ratio": ratio, "in_batch": cell.in_batch} | _tasks(cell, task)
-
-
-def _tasks(cell: Cell, task: str | None) -> dict[str, object]:
-    if not cell.instructed:
-        return {"tasks": [""]}
-    return {} if task is None else {"tasks": [task]}
+            ratio = (1 - cell.synthetic) * n_records / len(LABELLED) / ROWS
+            yield {"path": str(path), "ratio": ratio, "in_batch": cell.in_batch, "tasks": [task]}
 
 
 def _source_text(source: dict[str, object]) -> str:
     return "[[data.sources]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in source.items()) + "\n"
 
 
-def evaluate(model: str, cell: Cell, work: Path, out: Path, dimensions: int | None) -> dict[str, float]:
-    """Score a model on the dev sets, with their instructions where the cell has any."""
+def evaluate(model: str, work: Path, out: Path, dimensions: int | None) -> dict[str, float]:
+    """Score a model on the dev sets, queries shown as in its training."""
     dev = work / "dev"
     sets = [
         *("--retrieval", *(str(dev / name) for name in RETRIEVAL)),
         *("--sts", str(dev / "stsb-cc-en" / "dev.jsonl")),
         *("--classification", str(dev / "banking77")),
     ]
-    names = [*RETRIEVAL, "stsb-cc-en-dev", "banking77"]
-    options = [] if cell.instructed else ["--task", *(f"{name}=" for name in names)]
-    options += [] if dimensions is None else ["--dimensions", str(dimensions)]
+    options = [] if dimensions is None else ["--dimensions", str(dimensions)]
     run_module("e5core.evaluate", model, *sets, *options, "--max-tokens", str(MAX_TOKENS), "--out", str(out))
     scores: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
     return scores
 
 
-def mine(work: Path) -> None:
+def mine(work: Path, given: Sequence[str]) -> None:
     """Give each labelled row a hard negative of its own set, found and scored by the run on synthetic records."""
-    model, new = work / "runs" / "synthetic-0", work / "mined.new"
+    run_cell("synthetic", 0, work, given)
+    model, new = work / "runs" / run_name("synthetic", 0, given), work / "mined.new"
     new.mkdir(exist_ok=True)
     for name in LABELLED:
         rows = read_rows(work / "labelled" / f"{name}.jsonl")
@@ -259,9 +293,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--work", metavar="DIR", type=Path, required=True, help="runs, cut sets and results.jsonl")
     parser.add_argument("--cells", nargs="+", default=list(CELLS)[:4], choices=CELLS, help="(the first four)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(0 1 2)")
-    parser.add_argument("--settings", nargs="+", default=[], metavar="section.key=value", help="of every run")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of all cells, e.g. backbone.dtype=bfloat16"
+    )
     parser.add_argument("--dimensions", type=int, metavar="D", help="score the first D numbers of each vector")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(0 1 2)")
     return parser
 
 

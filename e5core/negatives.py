@@ -15,9 +15,12 @@ from typing import Literal
 import numpy as np
 import torch
 
+from e5core.approximate import ApproximateSearch
 from e5core.contamination import occur, text_hash, text_hashes
 from e5core.records import MAX_NEGATIVES, Record
 from e5core.search import nearest, products
+
+RECALL_QUERIES = 64  # that approximate search is measured on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +65,14 @@ class Report:
     documents: dict[str, int] = field(default_factory=dict)  # of the corpus: repeated, in evaluation sets, searched
     looked_at: int = 0  # documents near a record, all records together
     removed: dict[str, int] = field(default_factory=dict)  # by each filter, in the order applied
+    recall: float = 1.0  # of the nearest documents, the share that the search finds: measured on the first records
 
     def lines(self) -> Iterator[str]:
         """Yield the report for people, with each filter's part of what had come to it."""
         searched = ", ".join(f"{count:,} {name}" for name, count in self.documents.items())
         yield f"corpus: {searched}; looked at {self.looked_at:,} documents near {self.written:,} records"
+        if self.recall < 1:
+            yield f"the approximate search found {self.recall:.1%} of them that are nearest, by the first records"
         left = self.looked_at
         for name, count in self.removed.items():
             yield f"{name} removed {count:,} of {left:,} ({count / max(left, 1):.1%})"
@@ -119,13 +125,24 @@ class Miner:
     """A corpus with vectors, positives and a config: records in, records with negatives out."""
 
     def __init__(
-        self, corpus: Corpus, vectors: np.ndarray, positives: Positives, config: MineConfig, device: torch.device
+        self,
+        corpus: Corpus,
+        vectors: np.ndarray,
+        positives: Positives,
+        config: MineConfig,
+        device: torch.device,
+        *,
+        approximate: bool = False,
     ) -> None:
-        """vectors: (N, D), one per text of the corpus.  Raises ValueError where the corpus has other sizes."""
+        """vectors: (N, D), one per text of the corpus.  approximate: search by faiss (approximate.py).
+
+        Raises ValueError where the corpus has other sizes, or faiss is missing.
+        """
         if len(vectors) != len(corpus.texts):
             raise ValueError(f"the corpus has {len(corpus.texts):,} documents and {len(vectors):,} vectors")
         self.corpus, self.vectors, self.positives, self.config = corpus, vectors, positives, config
         self.device = device
+        self.index = ApproximateSearch(vectors, corpus.rows) if approximate else None
         names = ("margin", "relative_margin", "max_score", "min_score")
         used = [name for name in names if asdict(config)[name] is not None] + ["skip"] * (config.skip > 0)
         self.report = Report(documents=corpus.counts(), removed=dict.fromkeys(["positives", *used], 0))
@@ -136,7 +153,13 @@ class Miner:
         queries: (n, D), their vectors.  first: place of the first of them in the file, for the random choice.
         Yields the plain fields of each, without those that the evaluation sets have.
         """
-        scores, rows = nearest(queries, self.vectors, self.config.depth, self.device, rows=self.corpus.rows)
+        depth = self.config.depth
+        if self.index is None:
+            scores, rows = nearest(queries, self.vectors, depth, self.device, rows=self.corpus.rows)
+        else:
+            scores, rows = self.index.nearest(queries, depth)
+            if self.report.n_records == 0:
+                self.report.recall = self.index.recall(queries[:RECALL_QUERIES], depth, self.device)
         self.report.n_records += len(records)
         for i, record in enumerate(records):
             own = text_hashes([record.query, *record.positives])

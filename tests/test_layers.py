@@ -52,6 +52,7 @@ FLOORS = (
             "mixture",
             "metrics",
             "search",
+            "approximate",
             "row_store",
             "sources",
             "testsets",

@@ -171,9 +171,9 @@ class Corpus:
                     except BrokenRecord as error:
                         broken(error)
                     at += len(raw)
-        order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable") if hashes else np.empty(0, np.int64)
-        self._hashes = np.array(hashes, np.int64)[order]
-        self._places = np.array(places, np.int64)[order]
+        keys, lines = (np.frombuffer(held, np.int64) if held else np.empty(0, np.int64) for held in (hashes, places))
+        order = np.argsort(keys, kind="stable")
+        self._hashes, self._places = keys[order], lines[order]
         self._report_twins(broken)
 
     def __len__(self) -> int:

@@ -59,7 +59,8 @@ def _run(arguments: argparse.Namespace) -> None:
         scores |= score_set(ShownEncoder(encoder), eval_set, texts)
     for n_tokens, reader, passkeys in drawn:
         log(f"evaluating passkey-{n_tokens}")
-        scores[f"passkey-{n_tokens}/accuracy"] = 100.0 * score_passkeys(ShownEncoder(reader), passkeys, encoder.template)
+        share_found = score_passkeys(ShownEncoder(reader), passkeys, encoder.template)
+        scores[f"passkey-{n_tokens}/accuracy"] = 100.0 * share_found
     failures: dict[str, str] = {}
     if arguments.mteb:
         settings = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "dimensions")} | asdict(context)

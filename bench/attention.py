@@ -1,71 +1,59 @@
 """Time packed attention against one scaled_dot_product_attention call a sequence: python -m bench.attention.
 
-Shapes: the quickstart's (48 texts of 10 to 64 tokens), documents of 128 tokens, and sequences of 2,048, with SmolLM2's
-9 query and 3 key heads of 64 channels. FLOPs are those of the pairs that see each other: 4 H head_dim a pair forward,
-10 backward. Floor: they at the peak of a large product in the same dtype, measured in this run (bench/roofline.py).
+See bench/op.py. Shapes: a micro-batch of W64's lengths and sequences of 2,048 with Mistral-7B's heads; or with
+SmolLM2's the quickstart's (48 texts of 10 to 64 tokens), documents of 128 tokens, and sequences of 2,048. FLOPs are
+those of the pairs that see each other: 4 H head_dim a pair forward, 10 backward. On CUDA in bf16 torch's own packed
+attention (flash; torch.nn.attention.varlen) is timed beside, its key heads laid out anew for every query head.
 """
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
-from bench.roofline import device_name, median_seconds, peak_flops, record
+from bench.op import Case, Function, Settings, Work, run
+from bench.workloads import bounds_of, packed_lengths
 from e5kernels.attention import face, varlen_attention, varlen_attention_reference
 
-SHAPES = {"quickstart": [10 + (17 * i) % 55 for i in range(48)], "documents": [128] * 16, "long": [2048] * 2}
-HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
-Attention = Callable[..., Tensor]
+QUICKSTART = {"quickstart": [10 + (17 * i) % 55 for i in range(48)], "documents": [128] * 16, "long": [2048] * 2}
+TINY = {"tiny": [1, 9, 1, 30]}
 
 
-def main() -> None:
-    """Measure every shape, dtype and face, forward and backward."""
-    arguments = _parser().parse_args()
-    device = torch.device(arguments.device)
-    out = arguments.out or Path(f"bench/results/{device_name(device)}.jsonl")
-    for dtype in (getattr(torch, name) for name in arguments.dtypes):
-        peak = peak_flops(device, dtype)
-        for name, lengths in SHAPES.items():
-            pairs = sum(length * (length + 1) // 2 for length in lengths)
-            seconds = {
-                "sdpa a sequence": _seconds(varlen_attention_reference, lengths, dtype, device, arguments.runs),
-                face(device): _seconds(varlen_attention, lengths, dtype, device, arguments.runs),
-            }
-            for kind, (forward, backward) in seconds.items():
-                for way, taken, factor in (("forward", forward, 4), ("backward", backward, 10)):
-                    flops = factor * pairs * HEADS * HEAD_DIM
-                    row = {"bench": "attention", "shape": name, "way": way, "face": kind, "dtype": str(dtype)}
-                    row |= {"ms": round(1e3 * taken, 2), "floor_ms": round(1e3 * flops / peak, 2)}
-                    record(row | {"roofline_percent": round(100 * flops / taken / peak, 1)}, device, out)
+def cases(s: Settings) -> Iterator[Case]:
+    """Yield every shape; q, k and v are views of one packed projection."""
+    shapes = {"135m": QUICKSTART, "tiny": TINY}.get(s.size)
+    if shapes is None:
+        shapes = {f"W64, {n} tokens": packed_lengths(n) for n in s.n_tokens} | {"long": [2048] * 4}
+    c, scale = s.config, s.config.head_dim**-0.5
+    for name, lengths in shapes.items():
+        packed = s.randn(sum(lengths), c.n_heads + 2 * c.n_kv_heads, c.head_dim)
+        inputs = packed.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
+        bounds, pairs = bounds_of(lengths, s.device), sum(n * (n + 1) // 2 for n in lengths)
+        moved = 2 * sum(lengths) * (c.n_heads + c.n_kv_heads) * c.head_dim * packed.itemsize
+        settings = {"scale": scale, "window": c.window}
+        yield Case(
+            shape=f"{name}: {len(lengths)} sequences, {c.n_heads} x {c.head_dim}",
+            inputs=inputs,
+            reference=lambda q, k, v, b=bounds, w=settings: varlen_attention_reference(q, k, v, b, **w),
+            ours={face(s.device): lambda q, k, v, b=bounds, w=settings: varlen_attention(q, k, v, b, **w)},
+            unchecked=_flash(bounds, max(lengths), scale) if packed.is_cuda and s.dtype == torch.bfloat16 else {},
+            forward=Work(moved, 4.0 * pairs * c.n_heads * c.head_dim),
+            backward=Work(2 * moved, 10.0 * pairs * c.n_heads * c.head_dim),
+            not_compiled="a call a sequence: it would be compiled anew for every length",
+        )
 
 
-def _seconds(
-    attention: Attention, lengths: list[int], dtype: torch.dtype, device: torch.device, runs: int
-) -> tuple[float, float]:
-    """Time forward with a graph, and backward, in seconds."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(sum(lengths), heads, HEAD_DIM, generator=generator).to(device, dtype).requires_grad_()
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    out = attention(q, k, v, cu_seqlens, scale=HEAD_DIM**-0.5)
-    g = torch.randn(out.shape, generator=generator).to(device, dtype)
-    forward = median_seconds(lambda: attention(q, k, v, cu_seqlens, scale=HEAD_DIM**-0.5), device, runs)
-    backward = median_seconds(lambda: torch.autograd.grad(out, (q, k, v), g, retain_graph=True), device, runs)
-    return forward, backward
+def _flash(bounds: Tensor, longest: int, scale: float) -> dict[str, Function]:
+    """Return torch's packed attention; the window is longer than every text here, so it sees what ours does."""
 
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return varlen_attn(q.contiguous(), k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--out", type=Path)
-    return parser
+    return {"torch varlen_attn": flash}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("attention", cases))

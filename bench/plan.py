@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from bench.models import random_model
+from bench.op import peak_bytes
 from bench.roofline import device_name, record
 from e5core.batches import GlobalBatch, pack
 from e5core.cards import MIB
@@ -41,37 +42,11 @@ def random_batch(n_tokens: int, vocab_size: int) -> GlobalBatch:
     return GlobalBatch(ids, list(range(2 * n)), relations, [list(range(n))], [None] * n, names, 0)
 
 
-def random_model(config: Config, policy: Policy, dtype: torch.dtype, device: torch.device) -> EmbeddingModel:
-    """Make a model of the config's sizes with random weights, norms of 1, adapters that are not zero."""
-    sizes = read_config(resolve_model(config.backbone.path), causal=config.backbone.causal)
-    with torch.device("meta"):
-        model = EmbeddingModel(sizes, config.lora, policy)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        held = torch.float32 if parameter.requires_grad or "norm" in name else dtype
-        values = torch.empty(parameter.shape, dtype=held, device=device)
-        values = values.fill_(1) if "norm" in name else values.normal_(0, 0.02)
-        filled = torch.nn.Parameter(values, requires_grad=parameter.requires_grad)
-        model.get_submodule(owner).register_parameter(leaf, filled)
-    return model
-
-
 def measured_bytes(model: EmbeddingModel, batch: GlobalBatch, budget: int, device: torch.device) -> int:
     """Do a step with AdamW's moments there.  Returns the bytes that were live at the peak."""
     optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad}, OptimConfig())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        backward_step(model, batch, LossConfig(), budget, (0, 0))
-        return torch.cuda.max_memory_allocated(device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        backward_step(model, batch, LossConfig(), budget, (0, 0))
-    events = enumerate(profiled.profiler.kineto_results.events())
-    live = peak = 0
-    for _, _, n_bytes in sorted((e.start_ns(), i, e.nbytes()) for i, e in events if e.name() == "[memory]"):
-        live += n_bytes
-        peak = max(peak, live)
-    moments = sum(part.values.nbytes for part in optimizer.state().values())
-    return peak + moments + sum(p.nbytes for p in model.parameters())
+    held = sum(part.values.nbytes for part in optimizer.state().values()) + sum(p.nbytes for p in model.parameters())
+    return held + peak_bytes(lambda: backward_step(model, batch, LossConfig(), budget, (0, 0)), device)
 
 
 def main() -> None:
@@ -90,7 +65,8 @@ def main() -> None:
     dtype, _ = choose_dtype(config.backbone.dtype, device)
     out = arguments.out or Path(f"bench/results/{device_name(device)}.jsonl")
     for policy in get_args(Policy):
-        model = random_model(config, policy, dtype, device)
+        shape = read_config(resolve_model(config.backbone.path), causal=config.backbone.causal)
+        model = random_model(shape, config.backbone, config.lora, dtype, device, policy)
         sizes = sizes_of(model.backbone.config, config.lora)
         assert sum(1 for _ in adapters(model.backbone)) == len(config.lora.targets) * sizes.config.n_layers
         for n_tokens in arguments.tokens:

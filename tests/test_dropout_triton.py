@@ -66,6 +66,7 @@ def test_what_does_not_fit_is_refused(x: Tensor, keys: Tensor, drop_below: int) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("width", [4096, 14336])
-def test_at_mistral_s_widths_on_the_gpu(width: int, dtype: torch.dtype) -> None:
-    keys = torch.randint(-(2**63), 2**63 - 1, (1031,)).to(DEVICE)
-    assert_same_bits(torch.randn(1031, width).to(DEVICE, dtype), keys, STREAM, 26)
+@pytest.mark.parametrize("n_tokens", [1, 1031])
+def test_at_mistral_s_widths_on_the_gpu(n_tokens: int, width: int, dtype: torch.dtype) -> None:
+    keys = torch.randint(-(2**63), 2**63 - 1, (n_tokens,)).to(DEVICE)
+    assert_same_bits(torch.randn(n_tokens, width).to(DEVICE, dtype), keys, STREAM, 26)

@@ -94,3 +94,10 @@ def test_ops_are_registered_soundly() -> None:
     hidden = torch.randn(7, 5, device=DEVICE, requires_grad=True)
     torch.library.opcheck(last_token_forward, (hidden, cu_seqlens))
     torch.library.opcheck(last_token_backward, (torch.randn(3, 5, device=DEVICE), cu_seqlens, 7))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lengths", [[1], [1] * 33, [1031, 1, 512, 333]])
+def test_at_mistral_s_width_on_the_gpu(lengths: list[int], dtype: torch.dtype) -> None:
+    test_triton_equals_reference(lengths, 4096, dtype)

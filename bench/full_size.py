@@ -113,7 +113,7 @@ def _killed_halfway(flags: list[str], run: Path, arguments: argparse.Namespace) 
 
 
 def _kill_tree(pid: int) -> None:
-    """Send SIGKILL to a process and all that it started: torchrun's workers have sessions of their own."""
+    """Send SIGKILL to a process and all that it started, and wait until they are gone, with their GPU's memory."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -131,6 +131,15 @@ def _kill_tree(pid: int) -> None:
             os.kill(member, signal.SIGKILL)
         except ProcessLookupError:
             pass
+    while any(_is_running(member) for member in family):
+        time.sleep(0.1)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _module(command: list[str], deadline: float) -> None:

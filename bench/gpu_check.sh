@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: bash bench/gpu_check.sh tests|ops|step|entry. Results go to $OUT (or bench/results), row by row.
+# On a machine with a GPU: bash bench/gpu_check.sh tests|ops|step|entry [backbone.KEY=VALUE]
+# Results go to $OUT (or bench/results), row by row. With a second word, step and entry have a form of ours by it, too.
 # Each part ends within 9 minutes on one H100 from a bare machine; the estimates below are not measured.
 #
 #   tests  every kernel against its reference at Mistral-7B's shapes, odd lengths and texts of one token, then the
@@ -9,7 +10,7 @@
 #   entry  the real entry at full size, killed, resumed, exported; encoding beside sentence-transformers   est. 8 min
 #
 # Needs torch with CUDA, triton, pytest (with xdist), transformers, peft, sentence-transformers and e5core's own
-# requirements; installs nothing. E5CORE_VARIANT="backbone.KEY=VALUE" adds a form of ours to step and entry.
+# requirements; installs nothing.
 #
 # Where a machine is lent through the tool `device` (nothing is fetched there, 15 minutes a task, so one or two parts),
 # carry what its image lacks. Here, once, in the repository's root:
@@ -28,15 +29,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 out=${OUT:-bench/results}
 mkdir -p "$out"
-variant=(${E5CORE_VARIANT:+--variant "$E5CORE_VARIANT"})
-override=(${E5CORE_VARIANT:+--override "$E5CORE_VARIANT"})
+variant=(${2:+--variant "$2"})
+override=(${2:+--override "$2"})
 failed=0
 
 # part NAME SECONDS COMMAND...: one command, its lines also in $out/NAME.log as they come; a failure stops no other
 part() {
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  timeout "$limit" "$@" 2>&1 | grep -v '^USDT:' | tee -a "$out/$name.log"
+  [ "$limit" -gt 20 ] || { echo "== $name: no time is left"; failed=1; return; }
+  timeout "$limit" "$@" 2>&1 | grep --line-buffered -v '^USDT:' | tee -a "$out/$name.log"
   local status=${PIPESTATUS[0]}
   echo "== $name: status $status after $((SECONDS - start)) s, $SECONDS s in all"
   [ "$status" -eq 0 ] || failed=1
@@ -65,13 +67,13 @@ step)
     --out "$out/step.jsonl" "${variant[@]}"
   ;;
 entry)
-  work=${WORK:-/tmp/e5core_full_size}
+  work=$(mktemp -d)
   part entry 420 python3 -m bench.full_size --work "$work" --device cuda --keep --out "$out/entry.jsonl" "${override[@]}"
   part entry $((530 - SECONDS)) python3 -m bench.encode --device cuda --model "$work/model" --texts 2000 \
     --peer-dtypes bfloat16 --batch 64 --runs 1 --out "$out/entry.jsonl"
   ;;
 *)
-  echo "usage: bash bench/gpu_check.sh tests|ops|step|entry" >&2
+  echo "usage: bash bench/gpu_check.sh tests|ops|step|entry [backbone.KEY=VALUE]" >&2
   exit 2
   ;;
 esac

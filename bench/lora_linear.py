@@ -64,7 +64,7 @@ def _others(weight: Tensor) -> dict[str, Function]:
     def alone(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    return {"as PEFT": as_peft, "torch.compile, as PEFT": torch.compile(as_peft), "product alone": alone}
+    return {"as PEFT": as_peft, "torch.compile, as PEFT": torch.compile(as_peft, dynamic=False), "product alone": alone}
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Limit:
         if key not in self._ms:
             widths = (one.n_out, one.n_in) if one.is_dx else (one.n_in, one.n_out)
             call = product(rounded.rows, *widths, dtype, self.device, one.is_dx)
-            self._ms[key] = times_ms(call, self.device, rep_ms=30)[0]
+            self._ms[key] = times_ms(call, self.device, rep_ms=10)[0]
         return self._ms[key] * one.rows / rounded.rows
 
 

@@ -9,6 +9,7 @@ one). What the issue asks for is told as pass or fail at the end.
 """
 
 import argparse
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -168,8 +169,8 @@ def _plan(bench: Bench) -> Iterator[tuple[str, Callable[[], Row]]]:
     yield from (ours(form, n, 0.0) for n in larger[:1] for form in forms)
     yield from (ours(form, first, 0.1) for form in forms)
     yield from (theirs(place, 0.0) for place in rivals[2:])
-    yield from (theirs(place, 0.0) for place in rivals[1:2])
     yield from (ours(form, n, 0.0) for n in larger[1:] for form in forms)
+    yield from (theirs(place, 0.0) for place in rivals[1:2])
     yield from (ours(form, n, 0.1) for n in larger[:1] for form in forms)
 
 
@@ -215,7 +216,7 @@ def rival_row(bench: Bench, place: int, n: int, dropout: float) -> Row:
     """Time a rival's step on n triples in a process of its own."""
     a = bench.arguments
     flags = ["--rival", str(place), "--dropout", str(dropout), "--triples", str(n), "--random", a.random]
-    flags += ["--device", a.device, "--dtype", a.dtype, "--runs", str(a.runs), "--longest", str(a.longest)]
+    flags += ["--device", a.device, "--dtype", a.dtype, "--runs", str(min(2, a.runs)), "--longest", str(a.longest)]
     flags += ["--layers", str(bench.config.n_layers)]
     row = run_module(["bench.rivals", *flags], a.row_deadline)
     if isinstance(row, str):
@@ -271,5 +272,6 @@ def _rate(rows: Sequence[Row], mode: str, n: int, dropout: float) -> float:
 
 
 def _free(device: torch.device) -> None:
+    gc.collect()  # a model's blocks refer to one another
     if device.type == "cuda":
         torch.cuda.empty_cache()

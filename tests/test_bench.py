@@ -19,7 +19,7 @@ from bench.rivals import rival_model, rival_step
 from bench.roofline import Roofline
 from bench.step_limit import Limit, Product, model_flops, products_of
 from bench.step_profile import OTHER, UPDATE, Part, kind_of
-from bench.step_rows import RIVALS, own_step, parser_of, run_rows, verdicts
+from bench.step_rows import RIVALS, own_step, parser_of, run_rows, variants, verdicts
 from bench.workloads import packed_lengths, triple_lengths, triples
 from e5core.batches import pack
 from e5core.encoder import BackboneSource
@@ -164,7 +164,7 @@ def test_rows_may_be_grouped_in_order_and_by_length() -> None:
 
 
 def test_the_step_s_rows_and_what_they_are_held_to(tmp_path: Path) -> None:
-    flags = ["--device", "cpu", "--random", "tiny", "--triples", "3", "4", "--longest", "20", "--runs", "1"]
+    flags = "--device cpu --random tiny --layers 1 --triples 3 4 --longest 20 --runs 1".split()
     parser = parser_of("rows")
     parser.add_argument("--micro-batch-tokens", type=int, default=80)
     arguments = parser.parse_args([*flags, "--no-rivals", "--variant", "backbone.pooling=mean"])
@@ -179,7 +179,7 @@ def test_the_step_s_rows_and_what_they_are_held_to(tmp_path: Path) -> None:
     }
     assert all(row["limit_percent"] > 0 and row["mfu_percent"] > 0 and row["micro_batches"] > 1 for row in timed)
     with pytest.raises(ValueError, match=r"backbone\.poling: unknown key"):
-        run_rows(parser.parse_args([*flags, "--variant", "backbone.poling=mean"]), torch.float32, CPU, tmp_path / "x")
+        variants(parser.parse_args([*flags, "--variant", "backbone.poling=mean"]), CPU)
     arguments.row_deadline = -1.0
     run_rows(arguments, torch.float32, CPU, tmp_path / "late.jsonl")
     assert {row["skipped"] for row in rows_in(tmp_path / "late.jsonl")} == {"the deadline of -1 s is over"}

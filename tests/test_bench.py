@@ -242,6 +242,7 @@ def test_a_written_model_is_a_folder_that_our_tokenizer_reads(tmp_path: Path) ->
     assert MISTRAL.hidden_dim == 14336
 
 
+@pytest.mark.slow  # five processes, 36 s
 def test_the_real_entry_is_killed_resumed_and_exported(tmp_path: Path) -> None:
     flags = "--device cpu --size tiny --layers 1 --batch 8 --steps 8 --max-tokens 32 --micro-batch-tokens 256".split()
     files = ["--work", str(tmp_path), "--out", str(tmp_path / "rows.jsonl")]

@@ -25,6 +25,7 @@
 #     && export PYTHONPATH=/tmp/site || exit; bash bench/gpu_check.sh step
 # and give_back unless another part follows at once.
 set -uo pipefail
+shopt -s nullglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 out=${OUT:-bench/results}
@@ -51,7 +52,7 @@ tests)
   mapfile -t marked < <(grep -l 'pytest.mark.gpu' tests/test_*.py)
   part tests 240 python3 -m pytest -v -n 6 -p no:cacheprovider -m gpu "${marked[@]}"
   part tests 270 python3 -m pytest -v -n 8 -p no:cacheprovider -m "not gpu and not slow" \
-    tests/test_*_triton.py tests/test_infonce.py tests/test_infonce_rows.py tests/test_last_token.py tests/test_lora_linear.py
+    tests/test_*_triton.py tests/test_{infonce,last_token,lora_linear,fp8,spare_columns}*.py
   ;;
 ops)
   part ops 60 python3 -m bench.roofline --device cuda --size 7b --out "$out/ops.jsonl"

@@ -40,6 +40,7 @@ KINDS = (
     ("last token", r"last_token"),
     ("quantisation", r"fp8|quantis|quantiz"),
     ("gemm", r"gemm|gemv|splitk|nvjet|cutlass|cublas|matmul|wgmma|aten::(mm|addmm|addmm_|bmm|linear|_scaled_mm)$"),
+    ("sums", r"functor_add|aten::add_?$"),  # of the residual stream and of gradients
     ("copies", r"copy|memcpy|memset|aten::(copy_|clone|contiguous|_to_copy|fill_|zero_)$|fillfunctor"),
 )
 OTHER, UPDATE = "other", "update"

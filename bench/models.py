@@ -15,6 +15,7 @@ from e5core.encoder import BackboneSource, EmbeddingModel, build_model
 from e5core.lora import LoraConfig
 from e5core.model_files import shapes_of, write_hf_weights
 from e5core.recompute import Policy
+from e5core.weights import read_config
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BOS, EOS = 1, 2
@@ -60,26 +61,34 @@ def random_tensors(
 
 
 def random_model(
-    config: BackboneConfig,
+    config: BackboneConfig, source: BackboneSource, lora: LoraConfig, dtype: torch.dtype, device: torch.device
+) -> EmbeddingModel:
+    """Build a random Mistral of these sizes without any weight file.  Arguments as `filled_model`'s."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder), config, dtype)
+        return filled_model(Path(folder), source, lora, dtype, device)
+
+
+def filled_model(
+    path: Path,
     source: BackboneSource,
     lora: LoraConfig,
     dtype: torch.dtype,
     device: torch.device,
     recompute: Policy = "none",
 ) -> EmbeddingModel:
-    """Build a model as a run does, by encoder.build_model, from random weights instead of files.
+    """Build a model as a run does, by encoder.build_model, with random weights in place of its files'.
 
-    source: the [backbone] table; its path and dtype are not looked at.
+    path: says what the decoder is; config.json is enough.  source: the [backbone] table; its path and dtype are not
+    looked at.
     Raises ValueError for a key of the table that is not handed on here: the model would not be what it says.
     """
     form = {"causal": source.causal, "pooling": source.pooling}
     unheard = sorted(set(asdict(source)) - {"path", "dtype", *form})
     if unheard:
         raise ValueError(f"bench/models.py does not hand on backbone.{unheard[0]}; make it do so")
-    with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), config, dtype)
-        weights = random_tensors(config, dtype, device)
-        return build_model(Path(folder), dtype, device, lora=lora, seed=0, recompute=recompute, tensors=weights, **form)
+    weights = random_tensors(read_config(path), dtype, device)
+    return build_model(path, dtype, device, lora=lora, seed=0, recompute=recompute, tensors=weights, **form)
 
 
 def write_config(folder: Path, config: BackboneConfig, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from typing import get_args
 
 import torch
 
-from bench.models import random_model
+from bench.models import filled_model
 from bench.op import peak_bytes
 from bench.roofline import device_name, record
 from e5core.batches import GlobalBatch, pack
@@ -26,7 +26,7 @@ from e5core.optim import AdamW, OptimConfig
 from e5core.recompute import Policy
 from e5core.run import Config
 from e5core.step import backward_step
-from e5core.weights import read_config, resolve_model
+from e5core.weights import resolve_model
 from e5kernels.infonce import Relations
 
 LENGTH = 128  # of a text
@@ -65,8 +65,8 @@ def main() -> None:
     dtype, _ = choose_dtype(config.backbone.dtype, device)
     out = arguments.out or Path(f"bench/results/{device_name(device)}.jsonl")
     for policy in get_args(Policy):
-        shape = read_config(resolve_model(config.backbone.path), causal=config.backbone.causal)
-        model = random_model(shape, config.backbone, config.lora, dtype, device, policy)
+        path = resolve_model(config.backbone.path)
+        model = filled_model(path, config.backbone, config.lora, dtype, device, policy)
         sizes = sizes_of(model.backbone.config, config.lora)
         assert sum(1 for _ in adapters(model.backbone)) == len(config.lora.targets) * sizes.config.n_layers
         for n_tokens in arguments.tokens:

@@ -46,6 +46,8 @@ def measured_bytes(model: EmbeddingModel, batch: GlobalBatch, budget: int, devic
     """Do a step with AdamW's moments there.  Returns the bytes that were live at the peak."""
     optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad}, OptimConfig())
     held = sum(part.values.nbytes for part in optimizer.state().values()) + sum(p.nbytes for p in model.parameters())
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
     return held + peak_bytes(lambda: backward_step(model, batch, LossConfig(), budget, (0, 0)), device)
 
 

@@ -272,6 +272,6 @@ def _rate(rows: Sequence[Row], mode: str, n: int, dropout: float) -> float:
 
 
 def _free(device: torch.device) -> None:
-    gc.collect()  # a model's blocks refer to one another
     if device.type == "cuda":
+        gc.collect()  # a model's blocks refer to one another
         torch.cuda.empty_cache()

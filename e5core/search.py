@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 BLOCK_QUERIES, BLOCK_DOCUMENTS = 4096, 8192  # rows of a product: 128 MiB
-# Numbers that are multiplied in float64 together: on a CPU 2 MiB, which its cache holds (bench/mine.py: the search takes
+# Numbers that are multiplied in float64 together: on a CPU 2 MiB, which its cache holds (bench/mine.py's search takes
 # half the time that it takes by 32 MiB), elsewhere 32 MiB, which few launches fill.
 PAIRS, CPU_PAIRS = 1 << 22, 1 << 18
 

@@ -161,7 +161,7 @@ def train(cell: Cell, seed: int, run: Path, work: Path, given: Sequence[str]) ->
     """Train one cell; nothing where its last checkpoint is there."""
     if cell.mined and not (work / "mined").is_dir():
         mine(work, given)
-    config = run.with_suffix(".toml")
+    config = run.with_name(f"{run.name}.toml")  # the name holds dots
     run.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(config_text(cell, work), encoding="utf-8")
     if not (run / f"step_{cell.steps}").is_dir():

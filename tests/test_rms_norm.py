@@ -1,4 +1,4 @@
-"""RMSNorm is x / rms(x) * weight in every face; its weight's gradient comes by the reference."""
+"""RMSNorm is x / rms(x) * weight in every face; its weight's gradient comes by the reference.  So with an added term."""
 
 import math
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from faces import BUILT, DTYPES, assert_faces_agree, assert_threads_do_not_matter, wide, with_gradients
 from tolerances import assert_fp64
 
-from e5kernels.rms_norm import rms_norm, rms_norm_reference
+from e5kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 
 FACES = [rms_norm_reference, pytest.param(rms_norm, marks=BUILT)]
 EPS = 1e-5
@@ -28,6 +28,22 @@ def test_the_gradient_is_right(function: type(rms_norm), width: int) -> None:
     weight = torch.randn(width, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: function(x, weight, 1e-2), (x,))
     assert torch.autograd.gradcheck(lambda x, w: function(x, w, 1e-2), (x, weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("function", [add_rms_norm_reference, add_rms_norm])
+@pytest.mark.parametrize("has_added", [False, True])
+def test_what_is_added_is_normalised_and_goes_on_as_the_residual(
+    function: type(add_rms_norm), has_added: bool
+) -> None:
+    x, other, weight = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 7), (3, 7), (7,)))
+    added = other if has_added else None
+    h, y = function(x, added, weight, 0.3)
+    assert torch.equal(h, x + other if has_added else x)
+    assert torch.equal(y, (rms_norm_reference if function is add_rms_norm_reference else rms_norm)(h, weight, 0.3))
+    leaves = (x.requires_grad_(), *([other.requires_grad_()] if has_added else []))
+    assert torch.autograd.gradcheck(lambda x, added=None: function(x, added, weight, 0.3), leaves)
+    h, wide = function(x, added, weight, 0.3, 16)
+    assert h.shape == (3, 7) and wide.shape == (3, 23) and torch.equal(wide[:, :7], y)
 
 
 @BUILT

@@ -1,6 +1,7 @@
 """RMSNorm's Triton face equals its reference, rows of any width and layout, and its weight's gradient too."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,8 +11,8 @@ from tolerances import assert_fp32
 from torch import Tensor
 
 from e5kernels import rms_norm_triton as room
-from e5kernels.rms_norm import rms_norm_reference
-from e5kernels.rms_norm_triton import rms_norm_triton
+from e5kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
+from e5kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
 
 EPS = 1e-5
 agree = partial(assert_faces_agree, "rms_norm", is_triton=True)
@@ -103,12 +104,70 @@ def test_a_weight_that_does_not_fit_is_refused(shape: tuple[int, ...], weight: t
         rms_norm_triton(torch.ones(shape, device=DEVICE), torch.ones(weight, device=DEVICE), EPS)
 
 
+def joined(function: Callable, weight: Tensor, spare: int = 0) -> Callable[..., Tensor]:
+    """Both results of an add and norm as one tensor."""
+
+    def both(x: Tensor, added: Tensor | None = None) -> Tensor:
+        h, y = function(x, added, weight, EPS, spare)
+        assert y.shape == (*x.shape[:-1], x.shape[-1] + spare)
+        return torch.cat([h, y[..., : x.shape[-1]]], -1)
+
+    return both
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("spare", [0, 16])
+@pytest.mark.parametrize("shape", [(1, 7), (70, 77), (3, 129), (2, 3, 64), (0, 9)])
+def test_an_added_term_and_both_gradients_pass_in_one_go(
+    shape: tuple[int, ...], spare: int, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape[-1], device=DEVICE)
+    faces = [joined(f, weight, spare) for f in (add_rms_norm_triton, add_rms_norm_reference)]
+    x, added = (torch.randn(shape).to(DEVICE, dtype) for _ in range(2))
+    agree(*faces, [x], rounds=2)
+    agree(*faces, [x, added], rounds=2)
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+def test_a_kept_sum_is_normalised_again_to_the_same_bits(dtype: torch.dtype) -> None:
+    """What recompute relies on: from h alone, y and both gradients' sum are those from x and the added term."""
+    weight = torch.randn(77, device=DEVICE)
+    x, added, g_h, g_y = (torch.randn(9, 77).to(DEVICE, dtype).requires_grad_() for _ in range(4))
+    h, y = add_rms_norm_triton(x, added, weight, EPS, 16)
+    g_y = torch.nn.functional.pad(g_y, (0, 16), value=torch.nan)  # of columns that are not the norm's
+    gradients = torch.autograd.grad((h, y), (x, added), (g_h, g_y))
+    kept = h.detach().requires_grad_()
+    again, y_again = add_rms_norm_triton(kept, None, weight, EPS, 16)
+    assert again.data_ptr() == kept.data_ptr() and torch.equal(y_again[:, :77], y[:, :77])
+    (gradient,) = torch.autograd.grad((again, y_again), (kept,), (g_h, g_y))
+    assert gradient.isfinite().all() and all(torch.equal(gradient, g) for g in gradients)
+
+
+def test_a_result_that_is_not_used_adds_nothing_to_the_gradient() -> None:
+    weight = torch.randn(13, device=DEVICE)
+    for i in (0, 1):
+        x, added = (torch.randn(5, 13, device=DEVICE, requires_grad=True) for _ in range(2))
+        results = [f(x, added, weight, EPS)[i] for f in (add_rms_norm_triton, add_rms_norm_reference)]
+        got, expected = (torch.autograd.grad(y, (x, added), torch.ones_like(y)) for y in results)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert_fp32("rms_norm", ours, theirs)
+
+
+def test_an_added_term_of_another_shape_is_refused() -> None:
+    x, weight = torch.randn(5, 13, device=DEVICE), torch.randn(13, device=DEVICE)
+    for added in (x[:1], x.double(), x.T):
+        with pytest.raises(ValueError, match="added must be like x"):
+            add_rms_norm_triton(x, added, weight, EPS)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("shape", [(1031, 4096), (1031, 32, 128), (1, 4096)])
 def test_at_mistral_s_widths_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = torch.randn(shape[-1], device=DEVICE)
     agree(*by(weight), [torch.randn(shape, device=DEVICE).to(dtype)])
+    faces = [joined(f, weight, 16) for f in (add_rms_norm_triton, add_rms_norm_reference)]
+    agree(*faces, [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)])
 
 
 @pytest.mark.gpu

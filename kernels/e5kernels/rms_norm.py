@@ -3,9 +3,13 @@
     forward   y = x * r * weight,  r = 1 / sqrt(mean(x^2) + eps)
     backward  dx = r * (g * weight - x * r^2 * mean(g * weight * x))
 
+`add_rms_norm` is the same where a branch leaves the residual stream: h = x + added goes on beside y = rms_norm(h), and
+dx = d_added = dh + rms_norm's dx of dy come from one pass too.
+
 x: (..., D) any float dtype.  weight: (D,), x's dtype, or fp32 under bf16.  y: like x, by way of max(fp32, x's dtype).
 The weight is frozen wherever it matters to speed; its own gradient, sum(g * x * r), is left to plain torch on the CPU.
-Bytes, of e each element, for N elements: forward 2 N e, backward 3 N e; saved: x and at most one number a row.
+Bytes, of e each element, for N elements: forward 2 N e, backward 3 N e; with an added term 4 N e (6 with the sum by
+itself) and 4 N e (6); saved: x, or h, and at most one number a row.
 """
 
 import sys
@@ -17,13 +21,21 @@ from torch import Tensor
 from e5kernels import native
 
 if sys.platform == "linux":  # Triton is published for no other
-    from e5kernels.rms_norm_triton import rms_norm_triton
+    from e5kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise rows by plain torch; the definition.  Arguments and result as `rms_norm`."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), eps).to(x.dtype)
+
+
+def add_rms_norm_reference(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, spare: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Add and normalise by plain torch; the definition, whose spare columns are 0.  As `add_rms_norm`."""
+    h = x if added is None else x + added
+    return h, F.pad(rms_norm_reference(h, weight, eps), (0, spare))
 
 
 def face(device: torch.device) -> str:
@@ -42,6 +54,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if chosen == "reference" or weight.requires_grad:
         return rms_norm_reference(x, weight, eps)
     return torch.ops.e5kernels.rms_norm_forward(x.contiguous(), weight.contiguous(), eps)[0]
+
+
+def add_rms_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, spare: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and normalise it for the branch that leaves it there.
+
+    x: (..., D).  added: like x, or None.  weight: (D,), x's dtype, or fp32 under bf16.  spare: columns for others.
+    Returns h = x + added, x itself where that is None, and y (..., D + spare), of which the last columns hold anything;
+    both x's dtype, differentiable in x, added and weight.
+    """
+    if native.takes(x) and face(x.device) == "triton":
+        return add_rms_norm_triton(x, added, weight, eps, spare)
+    h = x if added is None else x + added
+    y = rms_norm(h, weight, eps)
+    return h, F.pad(y, (0, spare)) if spare else y
 
 
 def _forward_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

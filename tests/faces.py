@@ -52,6 +52,21 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.view(torch.int32) & -(1 << 16)).view(torch.float32).to(dtype)
 
 
+def assert_spare_is_left(function: Callable[[int], Tensor], inputs: Sequence[Tensor], spare: int = 16) -> None:
+    """Hold results and gradients with spare columns behind every row to those without, to the bit.
+
+    function: of the number of spare columns.  Their own gradient is NaN, which may reach nothing.
+    """
+    plain, wide = function(0).flatten(1), function(spare)
+    width = plain.shape[1]
+    assert wide.shape == (len(plain), width + spare) and wide.is_contiguous()
+    assert torch.equal(wide[:, :width], plain)
+    g = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, inputs, g)
+    got = torch.autograd.grad(wide, inputs, torch.nn.functional.pad(g, (0, spare), value=torch.nan))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 class Clones(TorchDispatchMode):
     """Counts the tensors that are copied into another layout within a with block."""
 

@@ -5,7 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from faces import BUILT, DTYPES, assert_faces_agree, assert_threads_do_not_matter, bounds, qkv, with_gradients
+from faces import (
+    BUILT,
+    DTYPES,
+    assert_faces_agree,
+    assert_spare_is_left,
+    assert_threads_do_not_matter,
+    bounds,
+    qkv,
+    with_gradients,
+)
 from tolerances import assert_fp32, assert_fp64
 from torch import Tensor
 
@@ -52,6 +61,12 @@ def test_the_gradient_is_right(function: type(varlen_attention), window: int | N
     leaves = [x.clone().requires_grad_() for x in (q[1:], k, v)]
     call = partial(function, cu_seqlens=bounds([1, 3]), cu_seqlens_k=bounds([2, 3]), scale=0.7)
     assert torch.autograd.gradcheck(partial(call, window=window, causal=causal), leaves)
+
+
+@pytest.mark.parametrize("function", FACES)
+def test_spare_columns_are_left_alone(function: type(varlen_attention)) -> None:
+    inputs = [x.clone().requires_grad_() for x in qkv(5, 4, 2, 2)]
+    assert_spare_is_left(lambda spare: function(*inputs, bounds([2, 3]), scale=0.7, spare=spare), inputs)
 
 
 def compare(

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from faces import DEVICE, TRITON_DTYPES, Clones, assert_faces_agree, bounds, qkv, with_gradients
+from faces import DEVICE, TRITON_DTYPES, Clones, assert_faces_agree, assert_spare_is_left, bounds, qkv, with_gradients
 from tolerances import assert_fp32
 from torch import Tensor
 
@@ -65,6 +65,13 @@ def test_queries_are_the_last_tokens_where_keys_have_bounds_of_their_own(window:
     got = with_gradients(some, (q[kept], k, v), upstream[kept])
     for ours, theirs in zip(got, (out[kept], expected[0][kept], *expected[1:]), strict=True):
         assert_fp32("attention", ours, theirs.float())
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+def test_spare_columns_are_left_alone(dtype: torch.dtype) -> None:
+    inputs = [x.clone().requires_grad_() for x in packed(37, 2, 1, 6, dtype=dtype)]
+    for function in by([1, 33, 0, 3], window=9):
+        assert_spare_is_left(lambda spare, f=function: f(*inputs, spare=spare), inputs)
 
 
 def test_heads_of_a_packed_projection_are_read_where_they_lie() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from faces import BUILT, DTYPES, assert_faces_agree, assert_threads_do_not_matter, with_gradients
+from faces import BUILT, DTYPES, assert_faces_agree, assert_spare_is_left, assert_threads_do_not_matter, with_gradients
 from tolerances import assert_fp64
 from torch import Tensor
 
@@ -28,6 +28,12 @@ def test_the_gate_is_the_definition(function: Gated) -> None:
     gate, up = torch.linspace(-30, 30, 1001, dtype=torch.float64), torch.randn(1001, dtype=torch.float64)
     expected = torch.tensor([gate_of(function, x) for x in gate.tolist()], dtype=torch.float64) * up
     assert_fp64(function(gate, up), expected)
+
+
+@pytest.mark.parametrize("function", FACES)
+def test_spare_columns_are_left_alone(function: Gated) -> None:
+    inputs = [torch.randn(3, 7, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert_spare_is_left(lambda spare: function(*inputs, spare), inputs)
 
 
 @pytest.mark.parametrize("function", FACES)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from faces import DEVICE, TRITON_DTYPES, Clones, assert_faces_agree, with_gradients
+from faces import DEVICE, TRITON_DTYPES, Clones, assert_faces_agree, assert_spare_is_left, with_gradients
 from tolerances import assert_fp32
 from torch import Tensor
 
@@ -37,6 +37,17 @@ def test_halves_of_a_packed_projection_are_read_where_they_lie(
             function(inputs[0], inputs[-1])
         assert clones.n == 0
         agree(function, reference, [inputs[0], inputs[-1]])
+
+
+@pytest.mark.parametrize(("function", "reference"), PAIRS)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1), (5, 77), (2, BLOCK + 1), (0, 7)])
+def test_spare_columns_are_left_alone(
+    function: Gated, reference: Gated, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    inputs = [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for _ in range(2)]
+    for f in (function, reference):
+        assert_spare_is_left(lambda spare, f=f: f(*inputs, spare=spare), inputs)
 
 
 @pytest.mark.parametrize(("function", "reference"), PAIRS)

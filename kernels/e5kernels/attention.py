@@ -34,10 +34,11 @@ def varlen_attention_reference(
     window: int | None = None,
     causal: bool = True,
     cu_seqlens_k: Tensor | None = None,
+    spare: int = 0,
 ) -> Tensor:
     """Attend within every packed sequence by one scaled_dot_product_attention call each; the definition.
 
-    Arguments and result as `varlen_attention`.
+    Arguments and result as `varlen_attention`; spare columns are 0.
     """
     q_lengths = cu_seqlens.diff().tolist()
     k_lengths = q_lengths if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
@@ -50,7 +51,8 @@ def varlen_attention_reference(
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (1, H, length, head_dim)  # fmt: skip
         pieces.append(out[0].transpose(0, 1))
-    return torch.cat(pieces)
+    out = torch.cat(pieces)
+    return F.pad(out.flatten(1), (0, spare)) if spare else out
 
 
 def _seen(n_queries: int, n_keys: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
@@ -78,24 +80,26 @@ def varlen_attention(
     window: int | None = None,
     causal: bool = True,
     cu_seqlens_k: Tensor | None = None,
+    spare: int = 0,
 ) -> Tensor:
     """Attend within every packed sequence.
 
     q: (Tq, H, head_dim).  k, v: (Tk, K, head_dim), K divides H.  cu_seqlens: (N+1,) int32, from 0 to Tq, not falling.
     window: keys that a query sees to its left, itself included (and as many to its right where not causal).
     cu_seqlens_k: bounds of k and v where they differ, no sequence shorter in keys than in queries.
-    Returns (Tq, H, head_dim), q's dtype.  Raises ValueError on shapes that do not fit.
+    Returns (Tq, H, head_dim), q's dtype; with spare columns (Tq, H head_dim + spare), the last holding anything.  Raises ValueError on shapes that do not fit.
     """
     _check(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, window)
     chosen = face(q.device) if native.takes(q) else "reference"
     if chosen != "c++":
         function = varlen_attention_triton if chosen == "triton" else varlen_attention_reference
-        return function(q, k, v, cu_seqlens, scale=scale, window=window, causal=causal, cu_seqlens_k=cu_seqlens_k)
+        bounds = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
+        return function(q, k, v, **bounds, scale=scale, window=window, causal=causal, spare=spare)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bounds = cu_seqlens.contiguous()
     bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.contiguous()
     out, _ = torch.ops.e5kernels.varlen_attention_forward(q, k, v, bounds, bounds_k, scale, window or 0, causal)
-    return out
+    return F.pad(out.flatten(1), (0, spare)) if spare else out
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int | None) -> None:

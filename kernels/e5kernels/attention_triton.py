@@ -10,7 +10,8 @@ Sums are fp32; p and dS are rounded to the caller's dtype before they are multip
 2205.14135, 2307.08691). fp32 is multiplied as IEEE fp32, no TF32. One program owns a block of one sequence's queries
 and one head (forward, dQ), or a block of its keys and one key head, whose query heads it visits in turn (dK and dV): no
 atomics, the same bits on every run, and for a text alone as in a pack. q, k and v are read where they lie, with any
-token and head stride; head_dim is padded to a power of two in registers only.
+token and head stride; head_dim is padded to a power of two in registers only. The output and its gradient are rows of
+all heads, behind which spare columns may lie, neither written nor read here.
 
 A program finds its sequence in a table of int32, written by a kernel of its own: what a batch's lengths are is never
 asked by the host. Sequence n owns the slots from cu[n] // BLOCK + n up to cu[n + 1] // BLOCK + n, which are never fewer
@@ -100,8 +101,9 @@ def _keys_of(first, last, n_keys, window, CAUSAL: tl.constexpr):
 @triton.jit
 def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, cu_q_ptr, cu_k_ptr, q_token_stride, q_head_stride,
-    k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_heads, scale, window, GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    k_token_stride, k_head_stride, v_token_stride, v_head_stride, out_stride, n_heads, scale, window,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse of a block of queries in one head, by the online log-sum-exp (arXiv 2205.14135)."""
     head = tl.program_id(0) % n_heads
@@ -135,19 +137,23 @@ def _attention_forward_kernel(
     has_none = total == 0.0
     out = out / tl.where(has_none, 1.0, total)[:, None]
     lse = tl.where(has_none, float("inf"), peak + tl.log2(total))  # of inf, every p of the backward pass is 0
-    places, mask = _places(q_start, rows, n_queries, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    places, mask = _places(q_start, rows, n_queries, out_stride, HEAD_DIM, BLOCK_D)
     tl.store(out_ptr + head * HEAD_DIM + places, out, mask=mask)
     tl.store(lse_ptr + (q_start + rows).to(tl.int64) * n_heads + head, lse, mask=rows < n_queries)
 
 
 @triton.jit
 def _attention_delta_kernel(
-    d_out_ptr, out_ptr, delta_ptr, n_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
-):
+    d_out_ptr, out_ptr, delta_ptr, n_rows, out_stride, n_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write delta of rows of (Tq * H, head_dim)."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d_out = _load(d_out_ptr, 0, rows, n_rows, HEAD_DIM, HEAD_DIM, BLOCK_D).to(tl.float32)
-    out = _load(out_ptr, 0, rows, n_rows, HEAD_DIM, HEAD_DIM, BLOCK_D).to(tl.float32)
+    channels = tl.arange(0, BLOCK_D)[None, :]
+    mask = (rows < n_rows)[:, None] & (channels < HEAD_DIM)
+    places = ((rows // n_heads).to(tl.int64) * out_stride + rows % n_heads * HEAD_DIM)[:, None] + channels
+    d_out = tl.load(d_out_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + places, mask=mask, other=0.0).to(tl.float32)
     tl.store(delta_ptr + rows, tl.sum(d_out * out, 1), mask=rows < n_rows)
 
 
@@ -161,7 +167,7 @@ def _d_scores(q, k, v, d_out, lse, delta, positions, keys, n_keys, scale, window
 @triton.jit
 def _attention_d_kv_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, table_ptr, cu_q_ptr, cu_k_ptr, q_token_stride,
-    q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_heads, scale, window,
+    q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride, out_stride, n_heads, scale, window,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +191,7 @@ def _attention_d_kv_kernel(
         for start in range(low, high, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
             q = _load(q_ptr + head * q_head_stride, q_start, rows, n_queries, q_token_stride, HEAD_DIM, BLOCK_D)
-            d_out = _load(d_out_ptr + head * HEAD_DIM, q_start, rows, n_queries, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            d_out = _load(d_out_ptr + head * HEAD_DIM, q_start, rows, n_queries, out_stride, HEAD_DIM, BLOCK_D)
             at = (q_start + rows).to(tl.int64) * n_heads + head
             lse = tl.load(lse_ptr + at, mask=rows < n_queries, other=float("inf"))
             delta = tl.load(delta_ptr + at, mask=rows < n_queries, other=0.0)
@@ -200,7 +206,7 @@ def _attention_d_kv_kernel(
 @triton.jit
 def _attention_d_q_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, table_ptr, cu_q_ptr, cu_k_ptr, q_token_stride,
-    q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_heads, scale, window,
+    q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride, out_stride, n_heads, scale, window,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +220,7 @@ def _attention_d_q_kernel(
     rows = first + tl.arange(0, BLOCK_Q)
     before = n_keys - n_queries
     q = _load(q_ptr + head * q_head_stride, q_start, rows, n_queries, q_token_stride, HEAD_DIM, BLOCK_D)
-    d_out = _load(d_out_ptr + head * HEAD_DIM, q_start, rows, n_queries, n_heads * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    d_out = _load(d_out_ptr + head * HEAD_DIM, q_start, rows, n_queries, out_stride, HEAD_DIM, BLOCK_D)
     at = (q_start + rows).to(tl.int64) * n_heads + head
     lse = tl.load(lse_ptr + at, mask=rows < n_queries, other=float("inf"))
     delta = tl.load(delta_ptr + at, mask=rows < n_queries, other=0.0)
@@ -258,16 +264,17 @@ def block_table(cu_seqlens: Tensor, n_tokens: int, block: int) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, scale, window, causal):  # noqa: ANN001, ANN205
-        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    def forward(ctx, q, k, v, cu_q, cu_k, scale, window, causal, spare):  # noqa: ANN001, ANN205
+        out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2] + spare)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         ctx.scale, ctx.window, ctx.causal = scale, window, causal
         ctx.save_for_backward(q, k, v, cu_q, cu_k, out, lse)
-        if out.numel():
+        if q.numel():
             tile = tile_of("forward", q.shape[2], q.element_size())
             table = block_table(cu_q, q.shape[0], tile["BLOCK_Q"])
             _attention_forward_kernel[(table.numel() * q.shape[1],)](
-                q, k, v, out, lse, table, cu_q, cu_k, *_strides(q, k, v), q.shape[1], scale, window,
-                GROUP=q.shape[1] // k.shape[1], CAUSAL=causal, HEAD_DIM=q.shape[2], **tile,
+                q, k, v, out, lse, table, cu_q, cu_k, *_strides(q, k, v), out.stride(0), q.shape[1], scale,
+                window, GROUP=q.shape[1] // k.shape[1], CAUSAL=causal, HEAD_DIM=q.shape[2], **tile,
             )  # fmt: skip
         return out
 
@@ -276,15 +283,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out):  # noqa: ANN001, ANN205
         q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        if not out.numel():
-            return dq, dk.zero_(), dv.zero_(), None, None, None, None, None
+        if not q.numel():
+            return dq, dk.zero_(), dv.zero_(), None, None, None, None, None, None
         (n_queries, n_heads, head_dim), d_out, delta = q.shape, d_out.contiguous(), torch.empty_like(lse)
-        settings = (*_strides(q, k, v), n_heads, ctx.scale, ctx.window)
+        settings = (*_strides(q, k, v), out.stride(0), n_heads, ctx.scale, ctx.window)
         fixed = {"GROUP": n_heads // k.shape[1], "CAUSAL": ctx.causal, "HEAD_DIM": head_dim}
         for_q, for_kv = (tile_of(kernel, head_dim, q.element_size()) for kernel in ("d_q", "d_kv"))
         _attention_delta_kernel[(triton.cdiv(delta.numel(), DELTA_ROWS),)](
-            d_out, out, delta, delta.numel(), HEAD_DIM=head_dim, BLOCK_D=for_q["BLOCK_D"], BLOCK=DELTA_ROWS
-        )
+            d_out, out, delta, delta.numel(), out.stride(0), n_heads, HEAD_DIM=head_dim, BLOCK_D=for_q["BLOCK_D"],
+            BLOCK=DELTA_ROWS,
+        )  # fmt: skip
         table = block_table(cu_k, len(k), for_kv["BLOCK_K"])
         _attention_d_kv_kernel[(table.numel() * k.shape[1],)](
             d_out, q, k, v, lse, delta, dk, dv, table, cu_q, cu_k, *settings, **fixed, **for_kv
@@ -293,7 +301,7 @@ class _Attention(torch.autograd.Function):
         _attention_d_q_kernel[(table.numel() * n_heads,)](
             d_out, q, k, v, lse, delta, dq, table, cu_q, cu_k, *settings, **fixed, **for_q
         )
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -310,14 +318,15 @@ def varlen_attention_triton(
     window: int | None = None,
     causal: bool = True,
     cu_seqlens_k: Tensor | None = None,
+    spare: int = 0,
 ) -> Tensor:
     """Attend within every packed sequence by the kernels, on Linux; nothing is checked here.
 
-    Arguments and result as `varlen_attention`, fp32 or bf16; the result is contiguous.
+    Arguments and result as `varlen_attention`, fp32 or bf16; the result is contiguous, its spare columns not written.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bounds = cu_seqlens.contiguous()
     bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.contiguous()
-    return _Attention.apply(
-        q, k, v, bounds, bounds_k, scale, EVERYTHING if window is None else min(window, EVERYTHING), causal
-    )
+    window = EVERYTHING if window is None else min(window, EVERYTHING)
+    out = _Attention.apply(q, k, v, bounds, bounds_k, scale, window, causal, spare)
+    return out if spare else out.view(q.shape)

@@ -19,14 +19,18 @@ if sys.platform == "linux":  # Triton is published for no other
     from e5kernels.swiglu_triton import glu_triton
 
 
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Multiply silu(gate) and up by plain torch; the definition.  Arguments and result as `swiglu`."""
-    return F.silu(gate) * up
+def swiglu_reference(gate: Tensor, up: Tensor, spare: int = 0) -> Tensor:
+    """Multiply silu(gate) and up by plain torch; the definition, whose spare columns are 0.  As `swiglu`."""
+    return _with_spare(F.silu(gate) * up, spare)
 
 
-def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Multiply gelu(gate), in its tanh form, and up by plain torch; the definition.  As `geglu`."""
-    return F.gelu(gate, approximate="tanh") * up
+def geglu_reference(gate: Tensor, up: Tensor, spare: int = 0) -> Tensor:
+    """Multiply gelu(gate), in its tanh form, and up by plain torch; the definition, whose spare columns are 0."""
+    return _with_spare(F.gelu(gate, approximate="tanh") * up, spare)
+
+
+def _with_spare(y: Tensor, spare: int) -> Tensor:
+    return F.pad(y, (0, spare)) if spare else y
 
 
 def face(device: torch.device) -> str:
@@ -34,24 +38,32 @@ def face(device: torch.device) -> str:
     return "triton" if device.type == "cuda" and sys.platform == "linux" else native.face(device)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Multiply silu(gate) and up.  gate, up: (..., F), alike.  Returns like gate, differentiable in both."""
+def swiglu(gate: Tensor, up: Tensor, spare: int = 0) -> Tensor:
+    """Multiply silu(gate) and up.
+
+    gate, up: (..., F), alike.  spare: columns for others.
+    Returns (..., F + spare), gate's dtype, of which the last columns hold anything; differentiable in both.
+    """
     chosen = face(gate.device) if native.takes(gate) else "reference"
     if chosen == "triton":
-        return glu_triton(gate, up, False)
+        return glu_triton(gate, up, False, spare)
     if chosen == "reference":
-        return swiglu_reference(gate, up)
-    return torch.ops.e5kernels.glu_forward(gate.contiguous(), up.contiguous(), False)
+        return swiglu_reference(gate, up, spare)
+    return _with_spare(torch.ops.e5kernels.glu_forward(gate.contiguous(), up.contiguous(), False), spare)
 
 
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Multiply gelu(gate), in its tanh form, and up.  gate, up: (..., F), alike.  Returns like gate."""
+def geglu(gate: Tensor, up: Tensor, spare: int = 0) -> Tensor:
+    """Multiply gelu(gate), in its tanh form, and up.
+
+    gate, up: (..., F), alike.  spare: columns for others.
+    Returns (..., F + spare), gate's dtype, of which the last columns hold anything; differentiable in both.
+    """
     chosen = face(gate.device) if native.takes(gate) else "reference"
     if chosen == "triton":
-        return glu_triton(gate, up, True)
+        return glu_triton(gate, up, True, spare)
     if chosen == "reference":
-        return geglu_reference(gate, up)
-    return torch.ops.e5kernels.glu_forward(gate.contiguous(), up.contiguous(), True)
+        return geglu_reference(gate, up, spare)
+    return _with_spare(torch.ops.e5kernels.glu_forward(gate.contiguous(), up.contiguous(), True), spare)
 
 
 def _forward_fake(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:

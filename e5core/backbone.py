@@ -9,6 +9,8 @@
 The names of the modules are fixed (wq wk wv wo, w_gate w_up w_down): LoRA targets and families.py rely on them. Weights
 and the two rotary halves lie as in Hugging Face's files, so nothing is permuted at run time. dtypes: weights and
 activations in the weights' dtype; norms, their weights and rotary angles in max(fp32, that dtype); no autocast.
+
+What linears read can have `spare` columns behind every row, which are theirs to write (lora.py sets how many).
 """
 
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from e5kernels.attention import varlen_attention
 from e5kernels.last_token import last_token
-from e5kernels.rms_norm import rms_norm
+from e5kernels.rms_norm import add_rms_norm, rms_norm
 from e5kernels.rope import rope
 from e5kernels.swiglu import geglu, swiglu
 
@@ -104,15 +106,20 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
-        self.eps = eps
+        self.eps, self.spare = eps, 0
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def branch(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the residual stream h = x + added (T, D) and what leaves it here, norm(h) (T, D + spare)."""
+        return add_rms_norm(x, added, self.weight, self.eps, self.spare)
 
 
 class Attention(nn.Module):
     def __init__(self, config: BackboneConfig, window: int | None) -> None:
         super().__init__()
+        self.spare = 0
         self.head_dim, self.window, self.causal = config.head_dim, window, config.causal
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -141,6 +148,7 @@ class Attention(nn.Module):
             window=self.window,
             causal=self.causal,
             cu_seqlens_k=layout.cu_seqlens_k,
+            spare=self.spare,
         )
         return self.wo(out.flatten(1))  # (T, D)
 
@@ -151,14 +159,14 @@ class FeedForward(nn.Module):
         self.w_gate = frozen_linear(config.dim, config.hidden_dim)
         self.w_up = frozen_linear(config.dim, config.hidden_dim)
         self.w_down = frozen_linear(config.hidden_dim, config.dim)
-        self.gated = _GATED[config.activation]
+        self.gated, self.spare = _GATED[config.activation], 0
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w_down(self.hidden(x))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Return (T, F), what w_down projects back."""
-        return self.gated(self.w_gate(x), self.w_up(x))
+        """Return (T, F + spare), what w_down projects back."""
+        return self.gated(self.w_gate(x), self.w_up(x), self.spare)
 
 
 class Block(nn.Module):
@@ -178,16 +186,22 @@ class Block(nn.Module):
 
     def compute(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
         """Do both halves, everything that their gradients need being kept."""
-        return self.feed(self.attend(x, rotary, layout))
+        return self.feed(*self.attend(x, rotary, layout))
 
-    def attend(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
-        """Do the first half, x + attention."""
-        attended = self.attention_post_norm(self.attention(self.attention_norm(x), rotary, layout))
-        return (x if layout.on_last is None else last_token(x, layout.cu_seqlens)) + attended
+    def attend(self, x: Tensor, rotary: Rotary, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Do the first half.  Returns its summands, x and attention: the norm that comes next adds them."""
+        x, normed = self.attention_norm.branch(x)
+        attended = self.attention_post_norm(self.attention(normed, rotary, layout))
+        return x if layout.on_last is None else last_token(x, layout.cu_seqlens), attended
 
-    def feed(self, x: Tensor) -> Tensor:
-        """Do the second half, x + feed-forward."""
-        return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
+    def feed(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
+        """Do the second half, h + feed-forward of h = x + attended.
+
+        The sum stands here and not in the next block's norm, which would save a read of (T, D) in seven: what passes
+        between blocks is one tensor, for recompute.py to keep and for sharding.py to hang its hooks on.
+        """
+        x, normed = self.ffn_norm.branch(x, attended)
+        return x + self.ffn_post_norm(self.feed_forward(normed))
 
 
 class Backbone(nn.Module):

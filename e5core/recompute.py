@@ -67,13 +67,13 @@ def apply_recompute(backbone: Backbone, policy: Policy, token_keys: TokenKeys) -
 
 def _replay_block(token_keys: TokenKeys, block: Block, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
     def replay(x: Tensor) -> Tensor:
-        return _feed_unread(block, block.attend(x, rotary, layout))
+        return _feed_unread(block, *block.attend(x, rotary, layout))
 
     return _replayed(lambda x: block.compute(x, rotary, layout), replay, token_keys, [block], x)
 
 
 def _replay_feed(token_keys: TokenKeys, block: Block, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
-    x = block.attend(x, rotary, layout)
+    x = torch.add(*block.attend(x, rotary, layout))
     parts = (block.ffn_norm, block.feed_forward, block.ffn_post_norm)
     return _replayed(block.feed, partial(_feed_unread, block), token_keys, parts, x)
 
@@ -91,9 +91,10 @@ def _replayed(
     return _Replayed.apply(compute, replay, token_keys, x, *parameters)
 
 
-def _feed_unread(block: Block, x: Tensor) -> Tensor:
+def _feed_unread(block: Block, x: Tensor, attended: Tensor | None = None) -> Tensor:
     """Do block.feed for its gradients alone: the values that it returns may be others."""
     w_down = block.feed_forward.w_down
     if not isinstance(block.ffn_post_norm, nn.Identity) or not isinstance(w_down, LoraLinear):
-        return block.feed(x)
-    return x + w_down(block.feed_forward.hidden(block.ffn_norm(x)), is_read=False)
+        return block.feed(x, attended)
+    x, normed = block.ffn_norm.branch(x, attended)
+    return x + w_down(block.feed_forward.hidden(normed), is_read=False)

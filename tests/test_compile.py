@@ -33,7 +33,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # most that a program may use, 
 DIM, HEADS, HEAD_DIM = 4096, 32, 128  # Mistral-7B; its hidden_dim of 14,336 is 7 blocks of swiglu and of dropout
 LAST_TOKEN = {"BLOCK_D": last_token_triton.BLOCK_D}
 NORM = rms_norm_triton.tile_of(8192, DIM)
-LONE = {"HAS_DH": False}
+LONE, ADDED = {"HAS_DH": False}, {"HAS_DH": True}
 HEAD_NORM = rms_norm_triton.tile_of(HEADS, HEAD_DIM)  # qk-norm
 ROPE = rope_triton.tile_of(HEADS, HEAD_DIM // 2) | {"x_channel_stride": 1}
 LORA = {"BLOCK_R": lora_linear_triton.block_r(16), "DROPS": True}
@@ -58,9 +58,7 @@ KERNELS = {  # case: (kernel, file, options and arguments fixed at compile time,
     "rms_norm backward": ("_rms_norm_backward_kernel", rms_norm_triton, NORM | LONE | {"D_WEIGHT": False}),
     "rms_norm backward, heads": ("_rms_norm_backward_kernel", rms_norm_triton, HEAD_NORM | LONE | {"D_WEIGHT": False}),
     "rms_norm backward, weight": ("_rms_norm_backward_kernel", rms_norm_triton, NORM | LONE | {"D_WEIGHT": True}),
-    "rms_norm backward, added": (
-        "_rms_norm_backward_kernel", rms_norm_triton, NORM | {"HAS_DH": True, "D_WEIGHT": False},
-    ),
+    "rms_norm backward, added": ("_rms_norm_backward_kernel", rms_norm_triton, NORM | ADDED | {"D_WEIGHT": False}),
     "rope": ("_rope_kernel", rope_triton, ROPE),
     "swiglu forward": ("_swiglu_forward_kernel", swiglu_triton, GLU | {"GELU": False}),
     "swiglu backward": ("_swiglu_backward_kernel", swiglu_triton, GLU | {"GELU": False}),
@@ -83,7 +81,8 @@ NARROW_STORES = {
 }
 IN_CALLERS_DTYPE = (
     "queries_ptr", "candidates_ptr", "hidden_ptr", "pooled_ptr", "d_hidden_ptr", "d_pooled_ptr", "x_ptr", "y_ptr",
-    "g_ptr", "dx_ptr", "added_ptr", "h_ptr", "dh_ptr", "gate_ptr", "up_ptr", "d_gate_ptr", "d_up_ptr", "z_ptr", "dz_ptr",
+    "g_ptr", "dx_ptr", "added_ptr", "h_ptr", "dh_ptr", "gate_ptr", "up_ptr", "d_gate_ptr", "d_up_ptr", "z_ptr",
+    "dz_ptr",
     "q_ptr", "k_ptr", "v_ptr", "out_ptr", "d_out_ptr", "dq_ptr", "dk_ptr", "dv_ptr",
 )  # fmt: skip
 POINTERS = {

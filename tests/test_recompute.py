@@ -218,7 +218,7 @@ def test_a_backward_pass_replays_each_layer_once_from_the_last_to_the_first(
     for i, layer in enumerate(model.backbone.layers):
         for name, path in products.items():
             layer.get_submodule(path).register_forward_hook(noting_values(ran, (name, i)))
-        layer.attention_norm.register_forward_hook(noting_gradient(ran, ("gradient", i)))
+        layer.attention.register_forward_pre_hook(noting_gradient(ran, ("gradient", i)))
     embeddings = model(piece(), dropout=(5, 9))
     n_forward = len(ran)
     embeddings.backward(upstream(embeddings), retain_graph=True)
@@ -245,11 +245,11 @@ def noting_values(ran: list[tuple[str, int]], what: tuple[str, int]) -> Callable
 
 
 def noting_gradient(ran: list[tuple[str, int]], what: tuple[str, int]) -> Callable:
-    """Make a forward hook that notes every gradient that reaches the output."""
+    """Make a hook before a module that notes every gradient that reaches its input."""
 
-    def note(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda g: ran.append(what))
+    def note(module: torch.nn.Module, inputs: tuple) -> None:
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(lambda g: ran.append(what))
 
     return note
 

@@ -1,4 +1,4 @@
-"""RMSNorm is x / rms(x) * weight in every face; its weight's gradient comes by the reference.  So with an added term."""
+"""RMSNorm is x / rms(x) * weight in every face, added to or not; its weight's gradient comes by the reference."""
 
 import math
 from functools import partial
@@ -32,9 +32,7 @@ def test_the_gradient_is_right(function: type(rms_norm), width: int) -> None:
 
 @pytest.mark.parametrize("function", [add_rms_norm_reference, add_rms_norm])
 @pytest.mark.parametrize("has_added", [False, True])
-def test_what_is_added_is_normalised_and_goes_on_as_the_residual(
-    function: type(add_rms_norm), has_added: bool
-) -> None:
+def test_what_is_added_is_normalised_and_goes_on_as_the_residual(function: type(add_rms_norm), has_added: bool) -> None:
     x, other, weight = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 7), (3, 7), (7,)))
     added = other if has_added else None
     h, y = function(x, added, weight, 0.3)

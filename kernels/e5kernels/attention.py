@@ -87,7 +87,9 @@ def varlen_attention(
     q: (Tq, H, head_dim).  k, v: (Tk, K, head_dim), K divides H.  cu_seqlens: (N+1,) int32, from 0 to Tq, not falling.
     window: keys that a query sees to its left, itself included (and as many to its right where not causal).
     cu_seqlens_k: bounds of k and v where they differ, no sequence shorter in keys than in queries.
-    Returns (Tq, H, head_dim), q's dtype; with spare columns (Tq, H head_dim + spare), the last holding anything.  Raises ValueError on shapes that do not fit.
+    spare: columns for others behind every row of heads.
+    Returns (Tq, H, head_dim), q's dtype, or (Tq, H head_dim + spare), of which the last columns hold anything.
+    Raises ValueError on shapes that do not fit.
     """
     _check(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, window)
     chosen = face(q.device) if native.takes(q) else "reference"
@@ -154,6 +156,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor, _: Tensor
 if native.AVAILABLE:
     torch.library.register_fake("e5kernels::varlen_attention_forward", _forward_fake)
     torch.library.register_fake("e5kernels::varlen_attention_backward", _backward_fake)
-    torch.library.register_autograd(
-        "e5kernels::varlen_attention_forward", _backward, setup_context=_setup_context
-    )
+    torch.library.register_autograd("e5kernels::varlen_attention_forward", _backward, setup_context=_setup_context)

@@ -56,9 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.ops.e5kernels.rms_norm_forward(x.contiguous(), weight.contiguous(), eps)[0]
 
 
-def add_rms_norm(
-    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, spare: int = 0
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float, spare: int = 0) -> tuple[Tensor, Tensor]:
     """Add to the residual stream and normalise it for the branch that leaves it there.
 
     x: (..., D).  added: like x, or None.  weight: (D,), x's dtype, or fp32 under bf16.  spare: columns for others.

@@ -5,15 +5,17 @@ backward pass holds anyway. dweight, where it is asked for, is a sum over a fixe
 then over the programs: no atomics, the same bits on every run.
 
 x is read where it lies, as (outer, inner, D) with any two outer strides: a head of a packed qkv buffer is not copied.
-y and its gradient may have spare columns behind every row, which are neither written nor read here. The sum h is rounded
-before it is normalised, as it is where it is kept and normalised again. All else is contiguous. Rows are numbered in int64 beyond the program's own number.
+y and its gradient may have spare columns behind every row, neither written nor read here. The sum h is rounded before
+it is normalised, as it is where it is kept and normalised again. All else is contiguous. Rows are numbered in
+int64 beyond the program's own number.
 
 Floor, bf16, 8,192 x 4,096 at the 3.35 TB/s of an H100's data sheet: forward 2 N e = 134 MB, 40 us; backward 3 N e = 201
-MB, 60 us; with an added term 268 MB, 80 us, either way. Speed is unmeasured; the blocks follow from this reckoning. A row lies in registers whole, so that it is read
-once, and a program takes as many rows as make 4,096 elements: one of a 4,096-wide model, 32 heads of 128. A warp has
-512, so 16 a thread: two loads of 16 bytes in bf16, and x, g and weight of the backward pass in 48 fp32 registers. 3.35
-TB/s at a latency of 0.5 us (an assumption) ask for 13 KB in flight on each of 132 multiprocessors; two resident forward
-programs make 16. Rows wider than 16,384, which no model has, are computed too, their registers spilling.
+MB, 60 us; with an added term 4 N e = 268 MB, 80 us, either way. Speed is unmeasured; the blocks follow from this
+reckoning. A row lies in registers whole, so that it is read once, and a program takes as many rows as make 4,096
+elements: one of a 4,096-wide model, 32 heads of 128. A warp has 512, so 16 a thread: two loads of 16 bytes in bf16, and
+x, g, dh and weight of the backward pass in 64 fp32 registers. 3.35 TB/s at a latency of 0.5 us (an assumption) ask for
+13 KB in flight on each of 132 multiprocessors; two resident forward programs make 16. Rows wider than 16,384, which no
+model has, are computed too, their registers spilling.
 """
 
 import torch

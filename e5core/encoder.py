@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from e5core.backbone import Backbone, BackboneConfig, positions_of
 from e5core.batches import MicroBatch
 from e5core.distributed import ALONE, World, log, share
-from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora
+from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora, make_room
 from e5core.recompute import Policy, apply_recompute
 from e5core.rope_scaling import AS_TRAINED, LongContext, lengthened
 from e5core.sharding import Shards, Strategy, settle_strategy, shard
@@ -145,6 +145,7 @@ def build_model(
     with torch.device("meta"):
         model = EmbeddingModel(config, lora, recompute, pooling)
     give_dtypes(model.backbone, dtype)
+    make_room(model.backbone, dtype, device)
     chosen, why = settle_strategy(strategy, model, world)
     if world.world_size > 1 or chosen != "none":
         log(f"sharding {chosen} ({why})")

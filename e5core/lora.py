@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from e5core.backbone import Backbone
 from e5kernels.dropout import mix, mix_tensor, signed
-from e5kernels.lora_linear import lora_linear
+from e5kernels.lora_linear import lora_linear, room_of, with_room
 
 LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 _ROOM = {"wq": "attention", "wk": "attention", "wv": "attention", "wo": "attention"}
@@ -116,6 +116,31 @@ def apply_lora(backbone: Backbone, config: LoraConfig) -> TokenKeys:
             number = len(LINEARS) * i + LINEARS.index(name)
             room.add_module(name, LoraLinear(room.get_submodule(name), config, number, token_keys))
     return token_keys
+
+
+def make_room(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> None:
+    """Lay out a model that is on the meta device yet for one product of linear and adapter, [x | s z] by [W | B].
+
+    Where the device's face of lora_linear does that, and all who read an x are adapted, x comes with spare columns from
+    the op that makes it, and their weights lie transposed with room for B behind them. Elsewhere nothing is changed.
+    dtype, device: of the weights to come.
+    """
+    for layer in backbone.layers:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        layer.attention_norm.spare = _with_room((attention.wq, attention.wk, attention.wv), dtype, device)
+        attention.spare = _with_room((attention.wo,), dtype, device)
+        layer.ffn_norm.spare = _with_room((feed_forward.w_gate, feed_forward.w_up), dtype, device)
+        feed_forward.spare = _with_room((feed_forward.w_down,), dtype, device)
+
+
+def _with_room(readers: tuple[nn.Module, ...], dtype: torch.dtype, device: torch.device) -> int:
+    """Give the linears that read one x their room.  Returns the spare columns that x must have."""
+    adapted = [linear for linear in readers if isinstance(linear, LoraLinear)]
+    spare = room_of(adapted[0].lora_a.shape[0], dtype, device) if len(adapted) == len(readers) else 0
+    if spare:
+        for linear in adapted:
+            linear.weight = nn.Parameter(with_room(linear.weight.detach(), spare), requires_grad=False)
+    return spare
 
 
 def init_lora(

@@ -1,7 +1,8 @@
 """Sharding: each rank keeps a slice of the model and gathers a part of it when it is used (ZeRO-3, arXiv 1910.02054).
 
 A unit is a module that is called as a whole, a block; what is in no unit is the root's. A unit's parameters of one
-dtype, all trainable or all frozen, are laid flat one after another, and every rank keeps its slice of that:
+dtype, all trainable or all frozen, are laid flat one after another, each as it lies in its own memory, transposed or
+not, with what room is behind it there (lora.make_room), and every rank keeps its slice of that:
 
     forward    a unit is gathered when it is called, and the next one meanwhile; the one before is freed
     backward   the same from the last unit to the first, whatever is computed again there (recompute.py)
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from e5core.distributed import World, begin_gather, nodes, scatter_sum, share, sum_over_ranks
+from e5kernels.lora_linear import room_behind
 
 Strategy = Literal["auto", "full", "hybrid", "none"]
 ALIGNMENT = 16  # elements: a parameter begins where a GEMM can load 16 bytes at once, in any dtype
@@ -81,7 +83,8 @@ class _Flat:
         total = 0
         for name, parameter in parameters.items():
             self.offsets[name] = total
-            total += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            room = room_behind(parameter) * len(parameter)
+            total += -(-(parameter.numel() + room) // ALIGNMENT) * ALIGNMENT
         length = -(-total // (ALIGNMENT * world.world_size)) * ALIGNMENT
         self.is_trained = first.requires_grad
         kept = torch.promote_types(first.dtype, torch.float32) if self.is_trained else first.dtype
@@ -192,7 +195,7 @@ class Shards:
         start, length, shape = flat.places[name]
         if values.shape != shape:
             raise ValueError(f"{name} must have the shape {tuple(shape)}: got {tuple(values.shape)}")
-        flat.slice_of(name, flat.part).copy_(values.reshape(-1)[start : start + length])
+        flat.slice_of(name, flat.part).copy_(_stretch(values, start, length, flat.parameters[name].stride()))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return this rank's part of each trainable parameter, (n,) max(fp32, dtype), n may be 0, by name."""
@@ -304,6 +307,16 @@ class Shards:
             if flat.is_trained:
                 self.traffic.n_reductions += 1
                 self.traffic.reduced_bytes += flat.reduce(self.replicas, self.each_pass)
+
+
+def _stretch(values: Tensor, start: int, length: int, stride: tuple[int, ...]) -> Tensor:
+    """Return `length` of the values from `start` on, as they are laid out: contiguous, or (out, in) by (1, out)."""
+    if stride[-1] == 1:
+        return values.reshape(-1)[start : start + length]
+    n_out = values.shape[0]
+    first = start // n_out
+    columns = values[:, first : -(-(start + length) // n_out)]  # no more of them is copied
+    return columns.T.reshape(-1)[start - first * n_out :][:length]
 
 
 class _Left(torch.autograd.Function):

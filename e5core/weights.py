@@ -33,6 +33,7 @@ from e5core.families import (
     object_of,
 )
 from e5core.gguf_file import GgufTensor, read_gguf_header
+from e5kernels.lora_linear import room_behind, with_room
 
 _EXPECTED_FILES = (
     "config.json, model.safetensors or model.safetensors.index.json with its parts, tokenizer.json or tokenizer.model"
@@ -112,7 +113,7 @@ def load_weights(
     put: Callable[[str, Tensor], None] | None = None,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Fill the backbone (on the meta device or not) from the model's file, tensor by tensor.
+    """Fill the backbone (on the meta device or not) from the model's file, tensor by tensor, laid out as there.
 
     Weights are held in `dtype`, those of norms in max(fp32, dtype): they cost nothing, norms compute in it anyway, and
     Gemma's 1 + w (see families.py) would lose bits of w in bf16.
@@ -137,8 +138,9 @@ def load_weights(
             continue
         owner, _, leaf = name.rpartition(".")
         module = backbone.get_submodule(owner)
-        loaded = torch.nn.Parameter(tensor.to(device=device, dtype=_held(module, dtype)), requires_grad=False)
-        module.register_parameter(leaf, loaded)
+        loaded, spare = tensor.to(device=device, dtype=_held(module, dtype)), room_behind(parameter)
+        loaded = with_room(loaded, spare) if spare else loaded
+        module.register_parameter(leaf, torch.nn.Parameter(loaded, requires_grad=False))
     if expected:
         names = sorted(expected)
         raise ValueError(f"{path}: {len(names)} tensors are missing: {', '.join(names[:5])}{' ...' * (len(names) > 5)}")

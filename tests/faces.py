@@ -9,7 +9,7 @@ from tolerances import assert_fp32, assert_fp64, assert_twice
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from e5kernels import native
+from e5kernels import attention, dropout, last_token, lora_linear, native, rms_norm, rope, swiglu
 
 BUILT = pytest.mark.skipif(
     not native.AVAILABLE, reason="the C++ ops are not built: `pip install -e .` with a C++ compiler builds them"
@@ -50,6 +50,12 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.bfloat16 or DEVICE.type == "cuda":
         return x.to(dtype)
     return (x.view(torch.int32) & -(1 << 16)).view(torch.float32).to(dtype)
+
+
+def by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every op of a model by its Triton face, where there is no GPU by the interpreter."""
+    for room in (attention, dropout, last_token, lora_linear, rms_norm, rope, swiglu):
+        monkeypatch.setattr(room, "face", lambda device: "triton")
 
 
 def assert_spare_is_left(function: Callable[[int], Tensor], inputs: Sequence[Tensor], spare: int = 16) -> None:

@@ -111,6 +111,12 @@ def spare_columns(rank: int) -> int:
     return -(-rank // ALIGNMENT) * ALIGNMENT
 
 
+def room_of(rank: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Say for how many spare columns there is use on a device; 0 where its face has two products."""
+    used = face(device) == "triton" and dtype in (torch.float32, torch.bfloat16)
+    return spare_columns(rank) if used else 0
+
+
 def with_room(weight: Tensor, spare: int) -> Tensor:
     """Copy a weight (out, in), transposed, into a buffer (in + spare, out), whose last rows are left for B^T.
 
@@ -119,3 +125,11 @@ def with_room(weight: Tensor, spare: int) -> Tensor:
     whole = weight.new_empty(weight.shape[1] + spare, weight.shape[0])
     whole[: weight.shape[1]].copy_(weight.T)
     return whole[: weight.shape[1]].T
+
+
+def room_behind(weight: Tensor) -> int:
+    """Say how many rows of B a parameter has room for behind it; 0 where it is no weight `with_room`."""
+    if weight.ndim != 2 or weight.stride() != (1, len(weight)):
+        return 0
+    n_elements = weight.untyped_storage().nbytes() // weight.itemsize - weight.storage_offset()
+    return (n_elements - weight.numel()) // len(weight)

@@ -1,0 +1,150 @@
+"""A model whose buffers have room for the adapters is the model without: one product each, no copy, every law kept."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from faces import by_triton
+from models import save_peer
+from test_backbone import relative
+from test_lora import MISTRAL_7B
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from e5core.backbone import layout_of, rotary_of
+from e5core.batches import MicroBatch, pack
+from e5core.distributed import ALONE
+from e5core.encoder import EmbeddingModel, build_model
+from e5core.lora import LINEARS, LoraConfig, LoraLinear, adapters, apply_lora, make_room
+from e5core.recompute import Policy
+from e5core.sharding import Strategy
+from e5kernels.lora_linear import room_behind, with_room
+
+CPU = torch.device("cpu")
+TRITON_DEVICE = CPU if not torch.cuda.is_available() else torch.device("cuda")
+RANK, DROPOUT = 3, (5, 9)
+
+
+def built(
+    folder: Path,
+    targets: tuple[str, ...] = LINEARS,
+    policy: Policy = "none",
+    strategy: Strategy = "none",
+    dtype: torch.dtype = torch.float32,
+) -> EmbeddingModel:
+    """A model with random B (B = 0 makes dA = 0 and hides mistakes) whose adapters drop a tenth."""
+    held = {"recompute": policy, "strategy": strategy, "world": ALONE}
+    lora = LoraConfig(rank=RANK, dropout=0.1, targets=targets)
+    model = build_model(folder, dtype, TRITON_DEVICE, causal=True, lora=lora, seed=3, **held)
+    generator = torch.Generator().manual_seed(4)
+    for name, master in list(model.masters()):
+        if name.endswith("lora_b"):
+            values = torch.empty(master.shape).normal_(0, 0.1, generator=generator)
+            put = model.put or (lambda name, values: model.backbone.get_parameter(name).data.copy_(values))
+            put(name, values)
+    return model
+
+
+def piece() -> MicroBatch:
+    (whole,) = pack([list(range(3, 3 + n)) for n in (1, 9, 14)], 1000, TRITON_DEVICE)
+    return whole
+
+
+def step(model: EmbeddingModel) -> dict[str, Tensor]:
+    """Embed with dropout and go back.  Returns the embeddings and the gradients by name."""
+    embeddings = model(piece(), DROPOUT)
+    embeddings.backward(torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2)).to(embeddings))
+    if model.shards is not None:
+        model.shards.reduce_gradients()
+    gradients = {name: parameter.grad.flatten() for name, parameter in model.trained().items()}
+    assert all(gradient.any() for gradient in gradients.values())
+    return {"embeddings": embeddings.detach()} | gradients
+
+
+def rooms(model: EmbeddingModel) -> set[str]:
+    return {name.rpartition(".")[2] for name, linear in adapters(model.backbone) if room_behind(linear.weight)}
+
+
+def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "targets", "with_rooms"),
+    [
+        ("mistral-window", LINEARS, set(LINEARS)),
+        ("gemma3", LINEARS, set(LINEARS)),
+        ("qwen2-window", ("wq", "wv", "w_down"), {"w_down"}),  # wk could not read an x with spare columns
+        ("qwen3-window", ("wq", "wk", "wv", "wo"), {"wq", "wk", "wv", "wo"}),
+    ],
+)
+def test_the_kernels_in_buffers_with_room_give_the_references_numbers(
+    variant: str, targets: tuple[str, ...], with_rooms: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_peer(variant, tmp_path)
+    monkeypatch.setattr("e5kernels.lora_linear.face", lambda device: "reference")
+    plain = built(tmp_path, targets)
+    assert rooms(plain) == set() and all(w.is_contiguous() for w in plain.parameters())
+    expected = step(plain)
+    by_triton(monkeypatch)
+    model = built(tmp_path, targets)
+    assert rooms(model) == with_rooms
+    for name, parameter in model.backbone.named_parameters():
+        assert torch.equal(parameter, plain.backbone.get_parameter(name)), name
+    got = step(model)
+    assert got.keys() == expected.keys()
+    for name, values in got.items():
+        assert relative(values, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_recompute_nor_sharding_moves_a_bit(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_peer("mistral-window", tmp_path)
+    by_triton(monkeypatch)
+    expected = step(built(tmp_path, dtype=dtype))
+    for policy, strategy in (("mlp", "none"), ("block", "full")):
+        model = built(tmp_path, policy=policy, strategy=strategy, dtype=dtype)
+        assert rooms(model) == set(LINEARS)
+        assert_same_bits(step(model), expected)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked for, beside the kernels, with tensors of as many rows as there are tokens."""
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__()
+        self.n_tokens, self.seen = n_tokens, Counter[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.ndim and self.n_tokens in out.shape[:2] and not func.is_view:
+            self.seen[func.overloadpacket.__name__] += 1
+        return out
+
+
+ALLOCATIONS = ("new_empty", "empty_like", "empty", "new_empty_strided")
+
+
+def test_a_block_is_products_and_kernels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward a product a linear and the last sum; backward a product for dx of each, and sums where x has readers."""
+    save_peer("mistral-window", tmp_path)
+    by_triton(monkeypatch)
+    model, n_tokens = built(tmp_path), 23
+    x = torch.randn(n_tokens, 48, device=TRITON_DEVICE, requires_grad=True)
+    bounds = torch.tensor([0, 9, n_tokens], dtype=torch.int32, device=TRITON_DEVICE)
+    model.token_keys.set(*DROPOUT, torch.zeros(n_tokens, dtype=torch.int64), torch.arange(n_tokens))
+    layout = layout_of(bounds, n_tokens, 0)
+    rotary = rotary_of(layout.positions, 1e4, None, 8, x.dtype)
+    with Operations(n_tokens) as forward:
+        y = model.backbone.layers[0](x, rotary, layout)
+    assert {op: n for op, n in forward.seen.items() if op not in ALLOCATIONS} == {"mm": 7, "add": 1}
+    g = torch.randn_like(y)
+    with Operations(n_tokens) as backward:
+        y.backward(g)
+    seen = {op: n for op, n in backward.seen.items() if op not in ALLOCATIONS}
+    assert seen == {"mm": 7, "add": 3}, "dx of q, k and v are two sums, of gate and up another"

@@ -19,7 +19,7 @@ import torch
 
 from e5core.batches import BatchConfig
 from e5core.cards import LINK_EFFICIENCY, MIB, Card
-from e5core.memory import Load, Ranks, Setting, Sizes, as_table, ledger
+from e5core.memory import Load, Ranks, Setting, Sizes, as_table, ledger, room_numbers
 from e5core.recompute import Policy
 from e5core.workload import Workload
 
@@ -122,7 +122,8 @@ def estimate(sizes: Sizes, work: Workload, setting: Setting, ranks: Ranks, card:
     texts = work.batch_size * (1 + work.candidates) / ranks.world_size
     forward, backward, again = flops_of(sizes, mean, texts, (work.seen, mean / texts), setting.recompute)
     flops = forward * (2 - min(1.0, fullest / mean)) + backward + again
-    traffic = traffic_of(sizes, setting.strategy, ranks, n_micro, candidates, dtype)
+    device = torch.device(card.kind)
+    traffic = traffic_of(sizes, setting.strategy, ranks, n_micro, candidates, dtype, device)
     passes = 3 * n_micro - 1  # each reads the weights once, beside its products
     reading = passes * sizes.config.n_layers * sizes.block * dtype.itemsize / card.bandwidth
     near, far = card.link * LINK_EFFICIENCY, card.network * LINK_EFFICIENCY
@@ -131,7 +132,7 @@ def estimate(sizes: Sizes, work: Workload, setting: Setting, ranks: Ranks, card:
     return Estimate(
         setting=setting,
         n_micro_batches=n_micro,
-        lines=ledger(sizes, setting, ranks, load, dtype, torch.device(card.kind)),
+        lines=ledger(sizes, setting, ranks, load, dtype, device),
         flops=flops,
         traffic=traffic,
         compute_s=flops / card.rate + reading,
@@ -140,14 +141,23 @@ def estimate(sizes: Sizes, work: Workload, setting: Setting, ranks: Ranks, card:
     )
 
 
-def traffic_of(sizes: Sizes, strategy: str, ranks: Ranks, n_micro: int, candidates: int, dtype: torch.dtype) -> Traffic:
+def traffic_of(
+    sizes: Sizes,
+    strategy: str,
+    ranks: Ranks,
+    n_micro: int,
+    candidates: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Traffic:
     """Count the bytes that a rank receives in a step of n_micro micro-batches, the fullest of which is embedded once.
 
-    candidates: of all ranks.
+    candidates: of all ranks.  device: of a kind, on which weights may have room behind them, gathered as they are.
     """
     wide, shards, world = max(4, dtype.itemsize), ranks.shards(strategy), ranks.world_size
     adapters = wide * sizes.adapters
-    blocks = sizes.config.n_layers * sizes.block * dtype.itemsize + wide * sizes.norms + sizes.biases * dtype.itemsize
+    matrices = sizes.config.n_layers * (sizes.block + room_numbers(sizes, dtype, device))
+    blocks = (matrices + sizes.biases) * dtype.itemsize + wide * sizes.norms
     n_layers = sizes.config.n_layers  # a pass begins with the block that the one before ended with, if it turns round
     n_gathers = n_micro * n_layers + (2 * n_micro - 1) * (n_layers - 1)
     gathered = n_gathers * (blocks + adapters) / n_layers + sizes.root * dtype.itemsize  # the root once a step

@@ -17,12 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from e5core.backbone import Backbone
+from e5core.backbone import Backbone, Block
 from e5kernels.dropout import mix, mix_tensor, signed
 from e5kernels.lora_linear import lora_linear, room_of, with_room
 
 LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
-_ROOM = {"wq": "attention", "wk": "attention", "wv": "attention", "wo": "attention"}
+READERS = (("wq", "wk", "wv"), ("wo",), ("w_gate", "w_up"), ("w_down",))  # of one x each, in a block's order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,9 +112,8 @@ def apply_lora(backbone: Backbone, config: LoraConfig) -> TokenKeys:
     token_keys = TokenKeys()
     for i, layer in enumerate(backbone.layers):
         for name in config.targets:
-            room = layer.get_submodule(_ROOM.get(name, "feed_forward"))
-            number = len(LINEARS) * i + LINEARS.index(name)
-            room.add_module(name, LoraLinear(room.get_submodule(name), config, number, token_keys))
+            owner, number = _owner(layer, name), len(LINEARS) * i + LINEARS.index(name)
+            owner.add_module(name, LoraLinear(owner.get_submodule(name), config, number, token_keys))
     return token_keys
 
 
@@ -126,21 +125,18 @@ def make_room(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> N
     dtype, device: of the weights to come.
     """
     for layer in backbone.layers:
-        attention, feed_forward = layer.attention, layer.feed_forward
-        layer.attention_norm.spare = _with_room((attention.wq, attention.wk, attention.wv), dtype, device)
-        attention.spare = _with_room((attention.wo,), dtype, device)
-        layer.ffn_norm.spare = _with_room((feed_forward.w_gate, feed_forward.w_up), dtype, device)
-        feed_forward.spare = _with_room((feed_forward.w_down,), dtype, device)
+        makers = (layer.attention_norm, layer.attention, layer.ffn_norm, layer.feed_forward)
+        for maker, readers in zip(makers, READERS, strict=True):
+            linears = [_owner(layer, name).get_submodule(name) for name in readers]
+            adapted = [linear for linear in linears if isinstance(linear, LoraLinear)]
+            if len(adapted) == len(linears):
+                maker.spare = room_of(len(adapted[0].lora_a), dtype, device)
+            for linear in adapted if maker.spare else ():
+                linear.weight = nn.Parameter(with_room(linear.weight.detach(), maker.spare), requires_grad=False)
 
 
-def _with_room(readers: tuple[nn.Module, ...], dtype: torch.dtype, device: torch.device) -> int:
-    """Give the linears that read one x their room.  Returns the spare columns that x must have."""
-    adapted = [linear for linear in readers if isinstance(linear, LoraLinear)]
-    spare = room_of(adapted[0].lora_a.shape[0], dtype, device) if len(adapted) == len(readers) else 0
-    if spare:
-        for linear in adapted:
-            linear.weight = nn.Parameter(with_room(linear.weight.detach(), spare), requires_grad=False)
-    return spare
+def _owner(block: Block, name: str) -> nn.Module:
+    return block.attention if name in ("wq", "wk", "wv", "wo") else block.feed_forward
 
 
 def init_lora(

@@ -11,7 +11,8 @@ Kept till then, a token and block (e bytes an element; w = max(4, e); adapters o
 Recompute "mlp" keeps of the feed-forward x alone, "block" keeps of a block x alone; that block's share is then
 computed again while all the others' is there. The first block's x is the embedding, which needs no gradient, so its
 attention keeps none. Where an op has no compiled face on the device, its reference keeps more, and so it is counted:
-x in fp32 under a norm, act(gate), and attention's output twice.
+x in fp32 under a norm, act(gate), and attention's output twice. Where lora_linear takes linear and adapter as one
+product, what adapted linears read has spare columns, and so many rows are behind their weights (lora.make_room).
 """
 
 import resource
@@ -23,9 +24,10 @@ import torch
 from e5core.backbone import Backbone, BackboneConfig
 from e5core.cards import MIB
 from e5core.encoder import Pooling
-from e5core.lora import LoraConfig, adapters, apply_lora
+from e5core.lora import LINEARS, READERS, LoraConfig, adapters, apply_lora
 from e5core.recompute import Policy
 from e5kernels import attention, dropout, infonce, rms_norm, swiglu
+from e5kernels.lora_linear import room_of
 
 
 class Sizes(NamedTuple):
@@ -85,6 +87,15 @@ def sizes_of(config: BackboneConfig, lora: LoraConfig, pooling: Pooling = "last"
     return Sizes(config, lora, block, norms, root, trainable, biases, pooling)
 
 
+def room_numbers(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
+    """Count the numbers for which one block's weights have room behind them."""
+    c, targets = sizes.config, sizes.lora.targets
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    widths = dict(zip(LINEARS, (q, kv, kv, c.dim, c.hidden_dim, c.hidden_dim, c.dim), strict=True))
+    n_out = sum(widths[name] for readers in READERS if {*readers} <= {*targets} for name in readers)
+    return room_of(sizes.lora.rank, dtype, device) * n_out
+
+
 def ledger(
     sizes: Sizes, setting: Setting, ranks: Ranks, load: Load, dtype: torch.dtype, device: torch.device
 ) -> dict[str, int]:
@@ -94,7 +105,8 @@ def ledger(
     """
     e, wide, n_layers = dtype.itemsize, max(4, dtype.itemsize), sizes.config.n_layers
     shards = ranks.shards(setting.strategy)
-    block = sizes.block * e + wide * sizes.norms // n_layers + e * sizes.biases // n_layers
+    matrices = sizes.block + room_numbers(sizes, dtype, device)
+    block = matrices * e + wide * sizes.norms // n_layers + e * sizes.biases // n_layers
     own_adapters = wide * sizes.adapters // shards
     tokens = _Tokens(sizes, dtype, device)
     first = tokens.kept(setting.recompute, load.tokens) + tokens.working(setting.recompute, load.tokens)
@@ -154,6 +166,7 @@ class _Tokens:
         self.c, self.lora, self.pooling = sizes.config, sizes.lora, sizes.pooling
         self.e, self.wide = dtype.itemsize, max(4, dtype.itemsize)
         self.plain = {op: op.face(device) == "reference" for op in (attention, dropout, rms_norm, swiglu)}
+        self.spare = room_of(sizes.lora.rank, dtype, device)
         self.q, self.kv = self.c.n_heads * self.c.head_dim, self.c.n_kv_heads * self.c.head_dim
 
     def kept(self, policy: Policy, n_tokens: int) -> int:
@@ -208,4 +221,5 @@ class _Tokens:
     def _inputs(self, names: tuple[str, ...], width: int) -> int:
         """Return what the adapters of linears with one input keep: that once, and a z each."""
         n_adapted = sum(name in self.lora.targets for name in names)
+        width += self.spare if n_adapted == len(names) else 0
         return (width + n_adapted * self.lora.rank) * self.e if n_adapted else 0

@@ -28,6 +28,7 @@ from e5core.step import backward_step, make_optimizer
 from e5core.tokenizer import Tokenizer
 from e5core.train import Config, train
 from e5core.weights import give_dtypes, load_weights, read_config
+from e5kernels import attention, dropout, last_token, lora_linear, rms_norm, rope, swiglu
 
 N_STEPS = 3
 OPTIM = OptimConfig(lr=1e-4, clip=0.05)  # which clips
@@ -128,6 +129,32 @@ def four_ranks(world: World, embedder: str) -> dict[Any, Any]:
     for policy in ("mlp", "block"):
         found[policy] = training(world, embedder, "full", "float64", BUDGETS[0], policy)
     return found
+
+
+def in_rooms(world: World, embedder: str) -> dict[str, Any]:
+    """As `small_steps`, by the kernels, whose weights have room behind them."""
+    for room in (attention, dropout, last_token, lora_linear, rms_norm, rope, swiglu):
+        room.face = lambda device: "triton"
+    return small_steps(world, embedder, "full", [world.rank])
+
+
+def small_steps(world: World, embedder: str, strategy: Strategy, numbers: list[int]) -> dict[str, Any]:
+    """Go twice down the gradient of some pieces of few tokens.  Returns the gradients, and the bytes that are kept."""
+    model = sharded_model(world, embedder, strategy, torch.float32)
+    found: dict[str, Any] = {"gradients": []}
+    for step in range(2):
+        for number in numbers:
+            (piece,) = pack([list(range(3 + number, 3 + number + n)) for n in (2, 5 + 4 * number)], 1000, CPU)
+            embeddings = model(piece, (5, step))
+            (embeddings * torch.arange(embeddings.numel()).view_as(embeddings).cos()).sum().backward()
+        if model.shards is not None:
+            model.shards.reduce_gradients()
+            model.shards.release()
+        found["gradients"].append(whole(model, {name: p.grad for name, p in model.trained().items()}))
+        for parameter in model.trained().values():
+            parameter.data -= 0.1 * parameter.grad
+            parameter.grad = None
+    return found | {"kept": 0 if model.shards is None else kept_bytes(model.shards)}
 
 
 def two_ranks(world: World, embedder: str, config_file: str) -> dict[str, Any]:

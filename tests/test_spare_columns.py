@@ -1,15 +1,17 @@
 """A model whose buffers have room for the adapters is the model without: one product each, no copy, every law kept."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from faces import by_triton
 from models import save_peer
+from rank_laws import LORA
+from ranks import run_ranks
+from shard_laws import in_rooms, small_steps
 from test_backbone import relative
-from test_lora import MISTRAL_7B
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,10 +19,12 @@ from e5core.backbone import layout_of, rotary_of
 from e5core.batches import MicroBatch, pack
 from e5core.distributed import ALONE
 from e5core.encoder import EmbeddingModel, build_model
-from e5core.lora import LINEARS, LoraConfig, LoraLinear, adapters, apply_lora, make_room
+from e5core.lora import LINEARS, LoraConfig, adapters
+from e5core.memory import room_numbers, sizes_of
 from e5core.recompute import Policy
 from e5core.sharding import Strategy
-from e5kernels.lora_linear import room_behind, with_room
+from e5core.weights import read_config
+from e5kernels.lora_linear import room_behind
 
 CPU = torch.device("cpu")
 TRITON_DEVICE = CPU if not torch.cuda.is_available() else torch.device("cuda")
@@ -113,6 +117,28 @@ def test_neither_recompute_nor_sharding_moves_a_bit(
         assert_same_bits(step(model), expected)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: ranks of one GPU")
+def test_two_ranks_that_gather_weights_with_their_room_do_the_references_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_peer("mistral-window", tmp_path)
+    monkeypatch.setattr("e5kernels.lora_linear.face", lambda device: "reference")
+    ranks = run_ranks(2, in_rooms, str(tmp_path))
+    expected = small_steps(ALONE, str(tmp_path), "none", [0, 1])["gradients"]
+    assert not np.array_equal(*expected)
+    for rank in ranks:
+        for got, gradient in zip(rank["gradients"], expected, strict=True):
+            assert np.linalg.norm(got - gradient) < 2e-5 * np.linalg.norm(gradient)
+    sizes = sizes_of(read_config(tmp_path), LORA)
+    monkeypatch.setattr("e5kernels.lora_linear.face", lambda device: "triton")
+    blocks = 3 * (sizes.block + room_numbers(sizes, torch.float32, CPU))
+    assert room_numbers(sizes, torch.float32, CPU) > sizes.block // 4  # in a model as narrow as this
+    numbers = blocks + sizes.norms + sizes.root + sizes.adapters
+    assert sum(rank["kept"] for rank in ranks) == pytest.approx(
+        4 * numbers, rel=0.01
+    )  # 16 numbers apart
+
+
 class Operations(TorchDispatchMode):
     """Counts what torch is asked for, beside the kernels, with tensors of as many rows as there are tokens."""
 
@@ -137,8 +163,8 @@ def test_a_block_is_products_and_kernels_alone(tmp_path: Path, monkeypatch: pyte
     model, n_tokens = built(tmp_path), 23
     x = torch.randn(n_tokens, 48, device=TRITON_DEVICE, requires_grad=True)
     bounds = torch.tensor([0, 9, n_tokens], dtype=torch.int32, device=TRITON_DEVICE)
-    model.token_keys.set(*DROPOUT, torch.zeros(n_tokens, dtype=torch.int64), torch.arange(n_tokens))
     layout = layout_of(bounds, n_tokens, 0)
+    model.token_keys.set(*DROPOUT, torch.zeros_like(layout.positions), layout.positions)
     rotary = rotary_of(layout.positions, 1e4, None, 8, x.dtype)
     with Operations(n_tokens) as forward:
         y = model.backbone.layers[0](x, rotary, layout)

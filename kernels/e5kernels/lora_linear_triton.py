@@ -12,9 +12,9 @@ stream, and keeps s z apart, (T, R). So a linear need not know its siblings, the
 there would be with all z side by side, and an x serves any number of linears. The price is that each reads x anew: for
 q, k and v of Mistral-7B at 8,192 tokens in bf16 two more times 67 MB, 40 us at the 3.35 TB/s of an H100's data sheet.
 
-[W | B] lies transposed, (in + spare, out) contiguous, W^T before B^T: so W is one stretch of memory, which a sharded
-model could gather as it is, and the spare rows behind it would be no part of a shard. B is cast there whenever it is to
-be read, the cast that any path must do, so it is right after every gather, update or load.
+[W | B] lies transposed, (in + spare, out) contiguous, W^T before B^T: so W is one stretch of memory. A sharded model
+gathers it with the rows behind it, 0.3% more of Mistral-7B at rank 16. B is cast there whenever it is to be read, the
+cast that any path must do, so it is right after every gather, update or load.
 
 Where x has no spare columns, y takes s z B^T in a second product (one more read and write of y), and g is read once
 more for g B. Bytes in bf16 beside the products' own at T = 8,192, in = out = 4,096, R = 16: forward, spare: x, 67 MB;

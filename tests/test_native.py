@@ -77,6 +77,7 @@ def test_triton_s_face_where_it_is_chosen_computes_what_the_reference_does(monke
     calls = [
         (attention, attention.varlen_attention, attention.varlen_attention_reference, packed, settings),
         (rms_norm, rms_norm.rms_norm, rms_norm.rms_norm_reference, (x, weight.requires_grad_(), 1e-5)),
+        (rms_norm, rms_norm.add_rms_norm, rms_norm.add_rms_norm_reference, (x, x.flip(0), weight, 1e-5)),
         (rope, rope.rope, rope.rope_reference, (x, table.cos(), table.sin())),
         (swiglu, swiglu.swiglu, swiglu.swiglu_reference, (x, x.flip(0))),
         (swiglu, swiglu.geglu, swiglu.geglu_reference, (x, x.flip(0))),

@@ -152,7 +152,7 @@ def small_steps(world: World, embedder: str, strategy: Strategy, numbers: list[i
             model.shards.release()
         found["gradients"].append(whole(model, {name: p.grad for name, p in model.trained().items()}))
         for parameter in model.trained().values():
-            parameter.data -= 0.1 * parameter.grad
+            parameter.data -= 0.01 * parameter.grad
             parameter.grad = None
     return found | {"kept": 0 if model.shards is None else kept_bytes(model.shards)}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from faces import by_triton
-from models import save_peer
+from models import save_embedder, save_peer
 from rank_laws import LORA
 from ranks import run_ranks
 from shard_laws import in_rooms, small_steps
@@ -79,7 +79,6 @@ def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 @pytest.mark.parametrize(
     ("variant", "targets", "with_rooms"),
     [
-        ("mistral-window", LINEARS, set(LINEARS)),
         ("gemma3", LINEARS, set(LINEARS)),
         ("qwen2-window", ("wq", "wv", "w_down"), {"w_down"}),  # wk could not read an x with spare columns
         ("qwen3-window", ("wq", "wk", "wv", "wo"), {"wq", "wk", "wv", "wo"}),
@@ -108,10 +107,13 @@ def test_the_kernels_in_buffers_with_room_give_the_references_numbers(
 def test_neither_recompute_nor_sharding_moves_a_bit(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_peer("mistral-window", tmp_path)
+    save_embedder(tmp_path)
     by_triton(monkeypatch)
     expected = step(built(tmp_path, dtype=dtype))
-    for policy, strategy in (("mlp", "none"), ("block", "full")):
+    cases: list[tuple[Policy, Strategy]] = [("block", "full")]
+    if dtype == torch.float32 or TRITON_DEVICE.type == "cuda":  # "mlp" adds by torch, and the interpreter cuts bf16 off
+        cases.append(("mlp", "none"))
+    for policy, strategy in cases:
         model = built(tmp_path, policy=policy, strategy=strategy, dtype=dtype)
         assert rooms(model) == set(LINEARS)
         assert_same_bits(step(model), expected)
@@ -121,22 +123,22 @@ def test_neither_recompute_nor_sharding_moves_a_bit(
 def test_two_ranks_that_gather_weights_with_their_room_do_the_references_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_peer("mistral-window", tmp_path)
+    save_embedder(tmp_path)
     monkeypatch.setattr("e5kernels.lora_linear.face", lambda device: "reference")
     ranks = run_ranks(2, in_rooms, str(tmp_path))
     expected = small_steps(ALONE, str(tmp_path), "none", [0, 1])["gradients"]
-    assert not np.array_equal(*expected)
+    first = np.linalg.norm(expected[0])
+    assert np.linalg.norm(expected[1] - expected[0]) > 0.01 * first, "B has moved, and another is to be seen"
     for rank in ranks:
         for got, gradient in zip(rank["gradients"], expected, strict=True):
-            assert np.linalg.norm(got - gradient) < 2e-5 * np.linalg.norm(gradient)
+            assert np.linalg.norm(got - gradient) < 2e-5 * first
     sizes = sizes_of(read_config(tmp_path), LORA)
     monkeypatch.setattr("e5kernels.lora_linear.face", lambda device: "triton")
-    blocks = 3 * (sizes.block + room_numbers(sizes, torch.float32, CPU))
+    blocks = 2 * (sizes.block + room_numbers(sizes, torch.float32, CPU))
     assert room_numbers(sizes, torch.float32, CPU) > sizes.block // 4  # in a model as narrow as this
     numbers = blocks + sizes.norms + sizes.root + sizes.adapters
-    assert sum(rank["kept"] for rank in ranks) == pytest.approx(
-        4 * numbers, rel=0.01
-    )  # 16 numbers apart
+    kept = sum(rank["kept"] for rank in ranks)
+    assert kept == pytest.approx(4 * numbers, rel=0.01)  # each begins at a multiple of 16 numbers
 
 
 class Operations(TorchDispatchMode):
@@ -153,7 +155,7 @@ class Operations(TorchDispatchMode):
         return out
 
 
-ALLOCATIONS = ("new_empty", "empty_like", "empty", "new_empty_strided")
+NO_WORK = ("new_empty", "empty_like", "empty", "set_")  # the last is the interpreter's, which wraps its arguments
 
 
 def test_a_block_is_products_and_kernels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +170,9 @@ def test_a_block_is_products_and_kernels_alone(tmp_path: Path, monkeypatch: pyte
     rotary = rotary_of(layout.positions, 1e4, None, 8, x.dtype)
     with Operations(n_tokens) as forward:
         y = model.backbone.layers[0](x, rotary, layout)
-    assert {op: n for op, n in forward.seen.items() if op not in ALLOCATIONS} == {"mm": 7, "add": 1}
+    assert {op: n for op, n in forward.seen.items() if op not in NO_WORK} == {"mm": 7, "add": 1}
     g = torch.randn_like(y)
     with Operations(n_tokens) as backward:
         y.backward(g)
-    seen = {op: n for op, n in backward.seen.items() if op not in ALLOCATIONS}
+    seen = {op: n for op, n in backward.seen.items() if op not in NO_WORK}
     assert seen == {"mm": 7, "add": 3}, "dx of q, k and v are two sums, of gate and up another"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faces import by_triton
+from faces import DEVICE, by_triton
 from models import save_embedder, save_peer
 from rank_laws import LORA
 from ranks import run_ranks
@@ -27,7 +27,6 @@ from e5core.weights import read_config
 from e5kernels.lora_linear import room_behind
 
 CPU = torch.device("cpu")
-TRITON_DEVICE = CPU if not torch.cuda.is_available() else torch.device("cuda")
 RANK, DROPOUT = 3, (5, 9)
 
 
@@ -41,7 +40,7 @@ def built(
     """A model with random B (B = 0 makes dA = 0 and hides mistakes) whose adapters drop a tenth."""
     held = {"recompute": policy, "strategy": strategy, "world": ALONE}
     lora = LoraConfig(rank=RANK, dropout=0.1, targets=targets)
-    model = build_model(folder, dtype, TRITON_DEVICE, causal=True, lora=lora, seed=3, **held)
+    model = build_model(folder, dtype, DEVICE, causal=True, lora=lora, seed=3, **held)
     generator = torch.Generator().manual_seed(4)
     for name, master in list(model.masters()):
         if name.endswith("lora_b"):
@@ -52,7 +51,7 @@ def built(
 
 
 def piece() -> MicroBatch:
-    (whole,) = pack([list(range(3, 3 + n)) for n in (1, 9, 14)], 1000, TRITON_DEVICE)
+    (whole,) = pack([list(range(3, 3 + n)) for n in (1, 9, 14)], 1000, DEVICE)
     return whole
 
 
@@ -111,7 +110,7 @@ def test_neither_recompute_nor_sharding_moves_a_bit(
     by_triton(monkeypatch)
     expected = step(built(tmp_path, dtype=dtype))
     cases: list[tuple[Policy, Strategy]] = [("block", "full")]
-    if dtype == torch.float32 or TRITON_DEVICE.type == "cuda":  # "mlp" adds by torch, and the interpreter cuts bf16 off
+    if dtype == torch.float32 or DEVICE.type == "cuda":  # "mlp" adds by torch, and the interpreter cuts bf16 off
         cases.append(("mlp", "none"))
     for policy, strategy in cases:
         model = built(tmp_path, policy=policy, strategy=strategy, dtype=dtype)
@@ -159,18 +158,18 @@ NO_WORK = ("new_empty", "empty_like", "empty", "set_")  # the last is the interp
 
 
 def test_a_block_is_products_and_kernels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward a product a linear and the last sum; backward a product for dx of each, and sums where x has readers."""
+    """Nothing is concatenated, laid out anew or passed over once more, forward or backward."""
     save_peer("mistral-window", tmp_path)
     by_triton(monkeypatch)
     model, n_tokens = built(tmp_path), 23
-    x = torch.randn(n_tokens, 48, device=TRITON_DEVICE, requires_grad=True)
-    bounds = torch.tensor([0, 9, n_tokens], dtype=torch.int32, device=TRITON_DEVICE)
+    x = torch.randn(n_tokens, 48, device=DEVICE, requires_grad=True)
+    bounds = torch.tensor([0, 9, n_tokens], dtype=torch.int32, device=DEVICE)
     layout = layout_of(bounds, n_tokens, 0)
     model.token_keys.set(*DROPOUT, torch.zeros_like(layout.positions), layout.positions)
     rotary = rotary_of(layout.positions, 1e4, None, 8, x.dtype)
     with Operations(n_tokens) as forward:
         y = model.backbone.layers[0](x, rotary, layout)
-    assert {op: n for op, n in forward.seen.items() if op not in NO_WORK} == {"mm": 7, "add": 1}
+    assert {op: n for op, n in forward.seen.items() if op not in NO_WORK} == {"mm": 7, "add": 1}, "the residual"
     g = torch.randn_like(y)
     with Operations(n_tokens) as backward:
         y.backward(g)

@@ -16,6 +16,9 @@ q, k and v of Mistral-7B at 8,192 tokens in bf16 two more times 67 MB, 40 us at 
 gathers it with the rows behind it, 0.3% more of Mistral-7B at rank 16. B is cast there whenever it is to be read, the
 cast that any path must do, so it is right after every gather, update or load.
 
+Products as wide as 4,112 have a tile more than those of 4,096, and whether that eats what is saved, above all in dx, no
+GPU has said yet: measure it first (make_room in e5core/lora.py is the one place that asks for spare columns).
+
 Where x has no spare columns, y takes s z B^T in a second product (one more read and write of y), and g is read once
 more for g B. Bytes in bf16 beside the products' own at T = 8,192, in = out = 4,096, R = 16: forward, spare: x, 67 MB;
 else x, and y twice: 201 MB; by plain torch x three times and y twice: 336 MB. Backward: x, and dx twice: 201 MB.

@@ -40,8 +40,8 @@ LORA = {"BLOCK_R": lora_linear_triton.block_r(16), "DROPS": True}
 LORA_FORWARD = {n: tile | LORA | {"SPARE": 16} for n, tile in lora_linear_triton.FORWARD_TILES.items()}
 LORA_BACKWARD = {n: tile | LORA | {"DX": True} for n, tile in lora_linear_triton.BACKWARD_TILES.items()}
 GLU = swiglu_triton.TILE
-MISTRAL = {"GROUP": 4, "CAUSAL": True, "HEAD_DIM": HEAD_DIM}  # 8 key heads
-DELTA = {"HEAD_DIM": HEAD_DIM, "BLOCK_D": HEAD_DIM, "BLOCK": attention_triton.DELTA_ROWS}
+MISTRAL = {"GROUP": 4, "CAUSAL": True, "SPARE": 16, "HEAD_DIM": HEAD_DIM}  # 8 key heads
+DELTA = {"SPARE": 16, "HEAD_DIM": HEAD_DIM, "BLOCK_D": HEAD_DIM, "BLOCK": attention_triton.DELTA_ROWS}
 ATTENTION = {
     kernel: {n: MISTRAL | attention_triton.tile_of(kernel, HEAD_DIM, n) for n in (2, 4)}
     for kernel in ("forward", "d_kv", "d_q")

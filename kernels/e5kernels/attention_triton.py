@@ -101,8 +101,8 @@ def _keys_of(first, last, n_keys, window, CAUSAL: tl.constexpr):
 @triton.jit
 def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, cu_q_ptr, cu_k_ptr, q_token_stride, q_head_stride,
-    k_token_stride, k_head_stride, v_token_stride, v_head_stride, out_stride, n_heads, scale, window,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_heads, scale, window, GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr, SPARE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse of a block of queries in one head, by the online log-sum-exp (arXiv 2205.14135)."""
@@ -137,21 +137,22 @@ def _attention_forward_kernel(
     has_none = total == 0.0
     out = out / tl.where(has_none, 1.0, total)[:, None]
     lse = tl.where(has_none, float("inf"), peak + tl.log2(total))  # of inf, every p of the backward pass is 0
-    places, mask = _places(q_start, rows, n_queries, out_stride, HEAD_DIM, BLOCK_D)
+    places, mask = _places(q_start, rows, n_queries, n_heads * HEAD_DIM + SPARE, HEAD_DIM, BLOCK_D)
     tl.store(out_ptr + head * HEAD_DIM + places, out, mask=mask)
     tl.store(lse_ptr + (q_start + rows).to(tl.int64) * n_heads + head, lse, mask=rows < n_queries)
 
 
 @triton.jit
 def _attention_delta_kernel(
-    d_out_ptr, out_ptr, delta_ptr, n_rows, out_stride, n_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    d_out_ptr, out_ptr, delta_ptr, n_rows, n_heads, SPARE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write delta of rows of (Tq * H, head_dim)."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channels = tl.arange(0, BLOCK_D)[None, :]
     mask = (rows < n_rows)[:, None] & (channels < HEAD_DIM)
-    places = ((rows // n_heads).to(tl.int64) * out_stride + rows % n_heads * HEAD_DIM)[:, None] + channels
+    stride = n_heads * HEAD_DIM + SPARE
+    places = ((rows // n_heads).to(tl.int64) * stride + rows % n_heads * HEAD_DIM)[:, None] + channels
     d_out = tl.load(d_out_ptr + places, mask=mask, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + places, mask=mask, other=0.0).to(tl.float32)
     tl.store(delta_ptr + rows, tl.sum(d_out * out, 1), mask=rows < n_rows)
@@ -167,9 +168,9 @@ def _d_scores(q, k, v, d_out, lse, delta, positions, keys, n_keys, scale, window
 @triton.jit
 def _attention_d_kv_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, table_ptr, cu_q_ptr, cu_k_ptr, q_token_stride,
-    q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride, out_stride, n_heads, scale, window,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_heads, scale, window,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, SPARE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of a block of keys in one key head, from all the query heads that share it."""
     n_kv_heads = n_heads // GROUP
@@ -183,6 +184,7 @@ def _attention_d_kv_kernel(
     before = n_keys - n_queries
     k = _load(k_ptr + kv_head * k_head_stride, k_start, keys, n_keys, k_token_stride, HEAD_DIM, BLOCK_D)
     v = _load(v_ptr + kv_head * v_head_stride, k_start, keys, n_keys, v_token_stride, HEAD_DIM, BLOCK_D)
+    stride = n_heads * HEAD_DIM + SPARE
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     low = tl.maximum((first if CAUSAL else first - window + 1) - before, 0)  # the queries that see these keys
@@ -191,7 +193,7 @@ def _attention_d_kv_kernel(
         for start in range(low, high, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
             q = _load(q_ptr + head * q_head_stride, q_start, rows, n_queries, q_token_stride, HEAD_DIM, BLOCK_D)
-            d_out = _load(d_out_ptr + head * HEAD_DIM, q_start, rows, n_queries, out_stride, HEAD_DIM, BLOCK_D)
+            d_out = _load(d_out_ptr + head * HEAD_DIM, q_start, rows, n_queries, stride, HEAD_DIM, BLOCK_D)
             at = (q_start + rows).to(tl.int64) * n_heads + head
             lse = tl.load(lse_ptr + at, mask=rows < n_queries, other=float("inf"))
             delta = tl.load(delta_ptr + at, mask=rows < n_queries, other=0.0)
@@ -206,9 +208,9 @@ def _attention_d_kv_kernel(
 @triton.jit
 def _attention_d_q_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, table_ptr, cu_q_ptr, cu_k_ptr, q_token_stride,
-    q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride, out_stride, n_heads, scale, window,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride, n_heads, scale, window,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, SPARE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write dq of a block of queries in one head."""
     head = tl.program_id(0) % n_heads
@@ -220,7 +222,8 @@ def _attention_d_q_kernel(
     rows = first + tl.arange(0, BLOCK_Q)
     before = n_keys - n_queries
     q = _load(q_ptr + head * q_head_stride, q_start, rows, n_queries, q_token_stride, HEAD_DIM, BLOCK_D)
-    d_out = _load(d_out_ptr + head * HEAD_DIM, q_start, rows, n_queries, out_stride, HEAD_DIM, BLOCK_D)
+    stride = n_heads * HEAD_DIM + SPARE
+    d_out = _load(d_out_ptr + head * HEAD_DIM, q_start, rows, n_queries, stride, HEAD_DIM, BLOCK_D)
     at = (q_start + rows).to(tl.int64) * n_heads + head
     lse = tl.load(lse_ptr + at, mask=rows < n_queries, other=float("inf"))
     delta = tl.load(delta_ptr + at, mask=rows < n_queries, other=0.0)
@@ -273,8 +276,8 @@ class _Attention(torch.autograd.Function):
             tile = tile_of("forward", q.shape[2], q.element_size())
             table = block_table(cu_q, q.shape[0], tile["BLOCK_Q"])
             _attention_forward_kernel[(table.numel() * q.shape[1],)](
-                q, k, v, out, lse, table, cu_q, cu_k, *_strides(q, k, v), out.stride(0), q.shape[1], scale,
-                window, GROUP=q.shape[1] // k.shape[1], CAUSAL=causal, HEAD_DIM=q.shape[2], **tile,
+                q, k, v, out, lse, table, cu_q, cu_k, *_strides(q, k, v), q.shape[1], scale, window,
+                GROUP=q.shape[1] // k.shape[1], CAUSAL=causal, SPARE=spare, HEAD_DIM=q.shape[2], **tile,
             )  # fmt: skip
         return out
 
@@ -286,13 +289,13 @@ class _Attention(torch.autograd.Function):
         if not q.numel():
             return dq, dk.zero_(), dv.zero_(), None, None, None, None, None, None
         (n_queries, n_heads, head_dim), d_out, delta = q.shape, d_out.contiguous(), torch.empty_like(lse)
-        settings = (*_strides(q, k, v), out.stride(0), n_heads, ctx.scale, ctx.window)
-        fixed = {"GROUP": n_heads // k.shape[1], "CAUSAL": ctx.causal, "HEAD_DIM": head_dim}
+        settings = (*_strides(q, k, v), n_heads, ctx.scale, ctx.window)
+        shape = {"SPARE": out.shape[1] - n_heads * head_dim, "HEAD_DIM": head_dim}
+        fixed = shape | {"GROUP": n_heads // k.shape[1], "CAUSAL": ctx.causal}
         for_q, for_kv = (tile_of(kernel, head_dim, q.element_size()) for kernel in ("d_q", "d_kv"))
         _attention_delta_kernel[(triton.cdiv(delta.numel(), DELTA_ROWS),)](
-            d_out, out, delta, delta.numel(), out.stride(0), n_heads, HEAD_DIM=head_dim, BLOCK_D=for_q["BLOCK_D"],
-            BLOCK=DELTA_ROWS,
-        )  # fmt: skip
+            d_out, out, delta, delta.numel(), n_heads, **shape, BLOCK_D=for_q["BLOCK_D"], BLOCK=DELTA_ROWS
+        )
         table = block_table(cu_k, len(k), for_kv["BLOCK_K"])
         _attention_d_kv_kernel[(table.numel() * k.shape[1],)](
             d_out, q, k, v, lse, delta, dk, dv, table, cu_q, cu_k, *settings, **fixed, **for_kv

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from e5kernels import (
     attention_triton,
     dropout_triton,
+    fp8_triton,
     infonce_triton,
     last_token_triton,
     lora_linear_triton,
@@ -34,6 +35,7 @@ DIM, HEADS, HEAD_DIM = 4096, 32, 128  # Mistral-7B; its hidden_dim of 14,336 is 
 LAST_TOKEN = {"BLOCK_D": last_token_triton.BLOCK_D}
 NORM = rms_norm_triton.tile_of(8192, DIM)
 LONE, ADDED = {"HAS_DH": False}, {"HAS_DH": True}
+HIDDEN = rms_norm_triton.tile_of(8192, 14336)
 HEAD_NORM = rms_norm_triton.tile_of(HEADS, HEAD_DIM)  # qk-norm
 ROPE = rope_triton.tile_of(HEADS, HEAD_DIM // 2) | {"x_channel_stride": 1}
 LORA = {"BLOCK_R": lora_linear_triton.block_r(16), "DROPS": True}
@@ -71,6 +73,10 @@ KERNELS = {  # case: (kernel, file, options and arguments fixed at compile time,
     "attention delta": ("_attention_delta_kernel", attention_triton, DELTA),
     "attention d_kv": ("_attention_d_kv_kernel", attention_triton, ATTENTION["d_kv"]),
     "attention d_q": ("_attention_d_q_kernel", attention_triton, ATTENTION["d_q"]),
+    "fp8 quantise": ("_quantise_rows_kernel", fp8_triton, NORM),
+    "fp8 rms_norm": ("_rms_norm_rows_kernel", fp8_triton, NORM),
+    "fp8 swiglu": ("_glu_rows_kernel", fp8_triton, HIDDEN | {"GELU": False}),
+    "fp8 geglu": ("_glu_rows_kernel", fp8_triton, HIDDEN | {"GELU": True}),
     "dropout": ("_keyed_dropout_kernel", dropout_triton, dropout_triton.tile_of(DIM)),
 }
 NARROW_STORES = {
@@ -78,6 +84,8 @@ NARROW_STORES = {
     "attention table": 1,
     "attention forward": 1,  # lse, a number a query and head, as delta
     "attention delta": 1,
+    # a scale a row; codes, of which a thread has 8 bytes side by side where its bf16 are 16
+    **{case: 9 for case in ("fp8 quantise", "fp8 rms_norm", "fp8 swiglu", "fp8 geglu")},
 }
 IN_CALLERS_DTYPE = (
     "queries_ptr", "candidates_ptr", "hidden_ptr", "pooled_ptr", "d_hidden_ptr", "d_pooled_ptr", "x_ptr", "y_ptr",
@@ -86,6 +94,7 @@ IN_CALLERS_DTYPE = (
     "q_ptr", "k_ptr", "v_ptr", "out_ptr", "d_out_ptr", "dq_ptr", "dk_ptr", "dv_ptr",
 )  # fmt: skip
 POINTERS = {
+    "codes_ptr": "*fp8e4nv",
     "cu_seqlens_ptr": "*i32",
     "cu_q_ptr": "*i32",
     "cu_k_ptr": "*i32",
@@ -141,12 +150,19 @@ def compile_kernel(case: str, dtype: str, capability: int) -> dict[str, str | in
         "spilled": int(re.search(r"(\d+) bytes spill stores", log.getvalue())[1]),
         "cubin": len(compiled.asm["cubin"]),
         "tf32": "tf32" in ptx,
+        "e4m3": "cvt.rn.satfinite.e4m3x2.f32" in ptx,
         "narrow_stores": len(re.findall(r"st\.global(?!\S*\.v4\.b32)", ptx)),
         "target": f".target sm_{capability}" in ptx,
     }
 
 
-CASES = [(case, dtype, capability) for case in KERNELS for dtype in ("fp32", "bf16") for capability in SHARED_BYTES]
+CASES = [
+    (case, dtype, capability)
+    for case in KERNELS
+    for dtype in ("fp32", "bf16")
+    for capability in SHARED_BYTES
+    if capability >= 89 or not case.startswith("fp8")
+]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +182,7 @@ def test_kernel_compiles_and_fits(case: str, dtype: str, capability: int, compil
     assert row["cubin"] > 0 and row["target"]
     assert row["shared"] <= SHARED_BYTES[capability]
     assert not row["tf32"], "similarities are IEEE fp32"
+    assert row["e4m3"] == case.startswith("fp8"), "the device rounds to e4m3 by itself"
     if not case.startswith("infonce"):  # its fp32 tiles fill the registers
         assert row["spilled"] <= (16 if (case, dtype) == ("attention d_kv", "fp32") else 0)
         assert row["narrow_stores"] <= NARROW_STORES.get(case, 0), "activations move 16 bytes at a time"

@@ -8,7 +8,8 @@
 
 The names of the modules are fixed (wq wk wv wo, w_gate w_up w_down): LoRA targets and families.py rely on them. Weights
 and the two rotary halves lie as in Hugging Face's files, so nothing is permuted at run time. dtypes: weights and
-activations in the weights' dtype; norms, their weights and rotary angles in max(fp32, that dtype); no autocast.
+activations in one dtype; norms, their weights and rotary angles in max(fp32, that dtype); no autocast. Frozen linears
+may be in row-wise fp8 (fp8.py): then the norm or gate before them returns Rows, quantised once for all that read it.
 
 What linears read can have `spare` columns behind every row, which are theirs to write (lora.py sets how many).
 """
@@ -18,15 +19,19 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e5kernels.attention import varlen_attention
+from e5kernels.fp8 import Rows, geglu_rows, rms_norm_rows, swiglu_rows
+from e5kernels.fp8_linear import Fp8Weight, fp8_linear
 from e5kernels.last_token import last_token
 from e5kernels.rms_norm import add_rms_norm, rms_norm
 from e5kernels.rope import rope
 from e5kernels.swiglu import geglu, swiglu
 
-_GATED = {"silu": swiglu, "gelu_tanh": geglu}
+_GATED = {"silu": (swiglu, swiglu_rows), "gelu_tanh": (geglu, geglu_rows)}
+FP8_LEAVES = ("weight_scale", "weight_t", "weight_t_scale")  # beside weight, as Fp8Weight has them; None without fp8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,13 +112,35 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
         self.eps, self.spare = eps, 0
+        self.quantises = False  # for linears in fp8 (fp8.py)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def branch(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def branch(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor | Rows]:
         """Return the residual stream h = x + added (T, D) and what leaves it here, norm(h) (T, D + spare)."""
+        if self.quantises:
+            x = x if added is None else x + added
+            return x, rms_norm_rows(x, self.weight, self.eps)
         return add_rms_norm(x, added, self.weight, self.eps, self.spare)
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T + b, whose parameters take no gradient and are not initialised (they will be loaded).
+
+    weight: (out, in).  bias: (out,) or None.  In fp8 (fp8.py) weight and FP8_LEAVES are those of an Fp8Weight.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None)
+        for leaf in FP8_LEAVES:
+            self.register_parameter(leaf, None)
+
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        weight = fp8_weight(self)
+        return F.linear(plain(x), self.weight, self.bias) if weight is None else fp8_linear(x, weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -123,14 +150,14 @@ class Attention(nn.Module):
         self.head_dim, self.window, self.causal = config.head_dim, window, config.causal
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.wq = frozen_linear(config.dim, q_dim, config.qkv_bias)
-        self.wk = frozen_linear(config.dim, kv_dim, config.qkv_bias)
-        self.wv = frozen_linear(config.dim, kv_dim, config.qkv_bias)
-        self.wo = frozen_linear(q_dim, config.dim)
+        self.wq = FrozenLinear(config.dim, q_dim, config.qkv_bias)
+        self.wk = FrozenLinear(config.dim, kv_dim, config.qkv_bias)
+        self.wv = FrozenLinear(config.dim, kv_dim, config.qkv_bias)
+        self.wo = FrozenLinear(q_dim, config.dim)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor | Rows, rotary: Rotary, layout: Layout) -> Tensor:
         k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))  # (T, K, hd)
         k = rope(self.k_norm(k), *rotary)
         if layout.key_rows is not None:
@@ -156,17 +183,19 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.w_gate = frozen_linear(config.dim, config.hidden_dim)
-        self.w_up = frozen_linear(config.dim, config.hidden_dim)
-        self.w_down = frozen_linear(config.hidden_dim, config.dim)
-        self.gated, self.spare = _GATED[config.activation], 0
+        self.w_gate = FrozenLinear(config.dim, config.hidden_dim)
+        self.w_up = FrozenLinear(config.dim, config.hidden_dim)
+        self.w_down = FrozenLinear(config.hidden_dim, config.dim)
+        self.gated, self.gated_rows = _GATED[config.activation]
+        self.spare, self.quantises = 0, False  # the latter for w_down in fp8 (fp8.py)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Rows) -> Tensor:
         return self.w_down(self.hidden(x))
 
-    def hidden(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor | Rows) -> Tensor | Rows:
         """Return (T, F + spare), what w_down projects back."""
-        return self.gated(self.w_gate(x), self.w_up(x), self.spare)
+        gate, up = self.w_gate(x), self.w_up(x)
+        return self.gated_rows(gate, up) if self.quantises else self.gated(gate, up, self.spare)
 
 
 class Block(nn.Module):
@@ -251,10 +280,16 @@ class Backbone(nn.Module):
         return x
 
 
-def frozen_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
-    """Make a linear whose parameters take no gradient and are not initialised (they will be loaded)."""
-    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=torch.get_default_device())
-    return linear.requires_grad_(False)
+def fp8_weight(linear: nn.Module) -> Fp8Weight | None:
+    """Return a frozen linear's weight in fp8; None where it is held in the backbone's dtype."""
+    if linear.weight_scale is None:
+        return None
+    return Fp8Weight(linear.weight, linear.weight_scale, linear.weight_t, linear.weight_t_scale)
+
+
+def plain(x: Tensor | Rows) -> Tensor:
+    """Return activations as they are without fp8."""
+    return x.x if isinstance(x, Rows) else x
 
 
 def positions_of(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
@@ -278,13 +313,15 @@ def layout_of(cu_seqlens: Tensor, n_tokens: int, n_shared: int) -> Layout:
     return Layout(cu_seqlens, positions, key_rows, cu_seqlens_k)
 
 
-def _last_alone(x: Tensor, rotary: Rotary, layout: Layout) -> tuple[Tensor, Rotary, Layout]:
+def _last_alone(x: Tensor | Rows, rotary: Rotary, layout: Layout) -> tuple[Tensor | Rows, Rotary, Layout]:
     """Keep of every sequence the last token, as the one query of all its keys."""
     bounds, last = layout.cu_seqlens, layout.cu_seqlens[1:].long() - 1
     alone = torch.arange(bounds.shape[0], dtype=torch.int32, device=bounds.device)
     keys = bounds if layout.cu_seqlens_k is None else layout.cu_seqlens_k
     rotary = Rotary(*(part.index_select(0, last) for part in rotary))
-    return last_token(x, bounds), rotary, layout._replace(cu_seqlens=alone, cu_seqlens_k=keys)
+    kept = last_token(plain(x), bounds)
+    x = x.gathered(kept, last) if isinstance(x, Rows) else kept
+    return x, rotary, layout._replace(cu_seqlens=alone, cu_seqlens_k=keys)
 
 
 def stretched_theta(cu_seqlens: Tensor, n_tokens: int, config: BackboneConfig, dtype: torch.dtype) -> Tensor:

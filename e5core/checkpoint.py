@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Card:
     tokenizer_contract: dict[str, Any]
     template: str
     pooling: Pooling = "last"
+    frozen_dtype: str = "same"
+    fp8_skip: Sequence[str] = ()
 
 
 def write_part(folder: Path, rank: int, world_size: int, slices: Mapping[str, Slice]) -> Path:

@@ -211,6 +211,8 @@ def begin_gather(whole: Tensor, part: Tensor, world: World) -> "dist.Work | None
     if world.world_size == 1:
         whole.copy_(part)
         return None
+    if whole.dtype.itemsize == 1:  # bytes are bytes; gloo, and NCCL before 2.24, know no fp8
+        whole, part = whole.view(torch.uint8), part.view(torch.uint8)
     # One tensor, for NCCL would gather a list into a copy; before torch 2.13 the same had another name.
     gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
     return gather(whole, part, group=world.group, async_op=True)

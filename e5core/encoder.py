@@ -6,7 +6,7 @@ With last-token pooling the final norm and all that follows run on the last toke
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from e5core.backbone import Backbone, BackboneConfig, positions_of
 from e5core.batches import MicroBatch
 from e5core.distributed import ALONE, World, log, share
+from e5core.fp8 import apply_fp8, check_fp8
 from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora, make_room
 from e5core.recompute import Policy, apply_recompute
 from e5core.rope_scaling import AS_TRAINED, LongContext, lengthened
@@ -37,6 +38,17 @@ class BackboneSource:
     dtype: Dtype = "auto"  # of weights and activations; auto: bfloat16 on CUDA, on the CPU the faster of the two
     causal: bool = True  # false: bidirectional attention
     pooling: Pooling = "last"  # or the mean of all tokens, or that with the weights 1, 2, ..., n (SGPT)
+    frozen_dtype: Literal["same", "fp8"] = "same"  # of the layers' linears; fp8: row-wise e4m3, their inputs too
+    fp8_skip: tuple[str, ...] = ()  # linears left in dtype under fp8, in all layers ("w_down") or in one (its full name)
+
+    def __post_init__(self) -> None:
+        if self.fp8_skip and self.frozen_dtype != "fp8":
+            raise ValueError(f'fp8_skip = {list(self.fp8_skip)} needs frozen_dtype = "fp8": got {self.frozen_dtype!r}')
+
+    @property
+    def skipped(self) -> tuple[str, ...] | None:
+        """The linears that fp8 skips; None without fp8."""
+        return self.fp8_skip if self.frozen_dtype == "fp8" else None
 
 
 class EmbeddingModel(nn.Module):
@@ -54,6 +66,7 @@ class EmbeddingModel(nn.Module):
         self.token_keys = TokenKeys() if lora is None else apply_lora(self.backbone, lora)
         apply_recompute(self.backbone, recompute, self.token_keys)
         self.shards: Shards | None = None  # where each rank keeps a slice of the parameters
+        self.fp8_skip: tuple[str, ...] | None = None  # which linears are not in fp8; None: all
 
     @property
     def put(self) -> Callable[[str, Tensor], None] | None:
@@ -134,17 +147,25 @@ def build_model(
     world: World = ALONE,
     context: LongContext = AS_TRAINED,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
+    fp8_skip: Sequence[str] | None = None,
 ) -> EmbeddingModel:
     """Load a backbone from its files and put fresh adapters on it (none for lora=None).
 
     strategy: how it is sharded over the ranks of `world`, which must all call this.  context: changes its positions.
     tensors: (our name, values) in place of the files', which then need say no more than the sizes.
-    Raises what weights.read_config, rope_scaling.lengthened, weights.load_weights and sharding.shard raise.
+    fp8_skip: holds frozen linears in fp8 (fp8.py), but these; None: in dtype, all of them.
+    Raises what weights.read_config, rope_scaling.lengthened, fp8.py, weights.load_weights and sharding.shard raise.
     """
+    if fp8_skip is not None:
+        check_fp8(device, dtype)
     config = lengthened(read_config(path, causal=causal), context)
     with torch.device("meta"):
         model = EmbeddingModel(config, lora, recompute, pooling)
     give_dtypes(model.backbone, dtype)
+    if fp8_skip is not None:
+        apply_fp8(model.backbone, fp8_skip)
+        model.fp8_skip = tuple(fp8_skip)
+        log(f"frozen linears in row-wise fp8{', but for ' if fp8_skip else ''}{', '.join(fp8_skip)}")
     make_room(model.backbone, dtype, device)
     chosen, why = settle_strategy(strategy, model, world)
     if world.world_size > 1 or chosen != "none":

@@ -17,8 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from e5core.backbone import Backbone, Block
+from e5core.backbone import FP8_LEAVES, Backbone, Block, FrozenLinear, fp8_weight, plain
 from e5kernels.dropout import mix, mix_tensor, signed
+from e5kernels.fp8 import Rows
+from e5kernels.fp8_linear import fp8_lora_linear
 from e5kernels.lora_linear import lora_linear, room_of, with_room
 
 LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
@@ -81,27 +83,36 @@ class TokenKeys:
 class LoraLinear(nn.Module):
     """A frozen linear and its adapter.
 
-    weight: (out, in).  bias: (out,) or None.  lora_a: (R, in), lora_b: (out, R), fp32 or fp64.
+    weight: (out, in).  bias: (out,) or None; with FP8_LEAVES as FrozenLinear's.  lora_a: (R, in), lora_b: (out, R),
+    fp32 or fp64.
     """
 
-    def __init__(self, linear: nn.Linear, config: LoraConfig, number: int, token_keys: TokenKeys) -> None:
+    def __init__(self, linear: FrozenLinear, config: LoraConfig, number: int, token_keys: TokenKeys) -> None:
         super().__init__()
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
+        for leaf in FP8_LEAVES:  # fp8.py fills them, after the adapters are there
+            self.register_parameter(leaf, None)
         self.scale = config.alpha / config.rank
         self.drop_below = round(config.dropout * 256)
         self.number = number  # of the linear in the model: 7 * layer + its place in LINEARS
         self.token_keys = token_keys
-        self.lora_a = nn.Parameter(torch.empty(config.rank, linear.in_features))
-        self.lora_b = nn.Parameter(torch.empty(linear.out_features, config.rank))
+        n_out, n_in = linear.weight.shape
+        self.lora_a = nn.Parameter(torch.empty(config.rank, n_in))
+        self.lora_b = nn.Parameter(torch.empty(n_out, config.rank))
 
-    def forward(self, x: Tensor, is_read: bool = True) -> Tensor:
+    def forward(self, x: Tensor | Rows, is_read: bool = True) -> Tensor:
         """Return y (T, out); where it is not read, zeros in its place, through which all gradients flow as ever."""
         keys = self.token_keys.keys if self.drop_below else None
         stream = signed(mix(self.token_keys.step_key + self.number))  # torch's profiler takes no larger integers
-        return lora_linear(
-            x, self.weight, self.bias, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below, is_read
-        )
+        rest = self.bias, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below, is_read
+        weight = fp8_weight(self)
+        return lora_linear(plain(x), self.weight, *rest) if weight is None else fp8_lora_linear(x, weight, *rest)
+
+
+def owner_of(layer: Block, name: str) -> nn.Module:
+    """Return the half of a layer that holds a linear, one of LINEARS."""
+    return layer.attention if name in ("wq", "wk", "wv", "wo") else layer.feed_forward
 
 
 def apply_lora(backbone: Backbone, config: LoraConfig) -> TokenKeys:
@@ -112,7 +123,7 @@ def apply_lora(backbone: Backbone, config: LoraConfig) -> TokenKeys:
     token_keys = TokenKeys()
     for i, layer in enumerate(backbone.layers):
         for name in config.targets:
-            owner, number = _owner(layer, name), len(LINEARS) * i + LINEARS.index(name)
+            owner, number = owner_of(layer, name), len(LINEARS) * i + LINEARS.index(name)
             owner.add_module(name, LoraLinear(owner.get_submodule(name), config, number, token_keys))
     return token_keys
 
@@ -127,16 +138,12 @@ def make_room(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> N
     for layer in backbone.layers:
         makers = (layer.attention_norm, layer.attention, layer.ffn_norm, layer.feed_forward)
         for maker, readers in zip(makers, READERS, strict=True):
-            linears = [_owner(layer, name).get_submodule(name) for name in readers]
-            adapted = [linear for linear in linears if isinstance(linear, LoraLinear)]
+            linears = [owner_of(layer, name).get_submodule(name) for name in readers]
+            adapted = [x for x in linears if isinstance(x, LoraLinear) and fp8_weight(x) is None]
             if len(adapted) == len(linears):
                 maker.spare = room_of(len(adapted[0].lora_a), dtype, device)
             for linear in adapted if maker.spare else ():
                 linear.weight = nn.Parameter(with_room(linear.weight.detach(), maker.spare), requires_grad=False)
-
-
-def _owner(block: Block, name: str) -> nn.Module:
-    return block.attention if name in ("wq", "wk", "wv", "wo") else block.feed_forward
 
 
 def init_lora(

@@ -85,7 +85,8 @@ def _run(
     """Do what `train` does, from the weights on."""
     device, dtype = world.device, planned.dtype
     held = {"recompute": config.batch.recompute, "strategy": planned.chosen.setting.strategy, "world": world}
-    form = {"causal": config.backbone.causal, "pooling": config.backbone.pooling}
+    source = config.backbone
+    form = {"causal": source.causal, "pooling": source.pooling, "fp8_skip": source.skipped}
     model = build_model(model_path, dtype, device, lora=config.lora, seed=config.train.seed, **form, **held)
     if config.lora.init is not None:
         read_adapter(adapter_folder(Path(config.lora.init)), model.backbone, model.put)
@@ -332,6 +333,8 @@ def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card
         tokenizer=asdict(config.tokenizer),
         tokenizer_contract=dict(encoder.tokenizer.contract()),
         template=SHAPES[config.batch.template],
+        frozen_dtype=config.backbone.frozen_dtype,
+        fp8_skip=config.backbone.fp8_skip,
     )
 
 

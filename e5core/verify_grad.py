@@ -69,6 +69,7 @@ def verify_gradient(config: Config, world: World) -> Comparison:
         world.device,
         causal=config.backbone.causal,
         pooling=config.backbone.pooling,
+        fp8_skip=config.backbone.skipped,
         lora=config.lora,
         seed=seed,
         recompute=settings.recompute,

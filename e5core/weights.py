@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from e5core.backbone import Backbone, BackboneConfig, RMSNorm
+from e5core.backbone import FP8_LEAVES, Backbone, BackboneConfig, RMSNorm
 from e5core.config import read_json
 from e5core.families import (
     FAMILIES,
@@ -33,6 +33,8 @@ from e5core.families import (
     object_of,
 )
 from e5core.gguf_file import GgufTensor, read_gguf_header
+from e5kernels.fp8 import E4M3
+from e5kernels.fp8_linear import quantise_weight
 from e5kernels.lora_linear import room_behind, with_room
 
 _EXPECTED_FILES = (
@@ -117,7 +119,8 @@ def load_weights(
 
     Weights are held in `dtype`, those of norms in max(fp32, dtype): they cost nothing, norms compute in it anyway, and
     Gemma's 1 + w (see families.py) would lose bits of w in bf16.
-    put: takes (our name, tensor as the file has it) instead, which is then kept nowhere else.
+    A linear in fp8 (fp8.py) is quantised from the file's own values, on the device.
+    put: takes (our name, tensor as the file has it, or its parts in fp8) instead, which is then kept nowhere else.
     tensors: (our name, values), taken in place of what the file holds.
     Raises ValueError for a tensor that is missing, unknown, of another shape than config.json says, or not finite.
     """
@@ -133,14 +136,19 @@ def load_weights(
             )
         if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # isfinite of all would take 1.5 times its memory
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged, download it again")
-        if put is not None:
-            put(name, tensor)
-            continue
         owner, _, leaf = name.rpartition(".")
         module = backbone.get_submodule(owner)
-        loaded, spare = tensor.to(device=device, dtype=_held(module, dtype)), room_behind(parameter)
-        loaded = with_room(loaded, spare) if spare else loaded
-        module.register_parameter(leaf, torch.nn.Parameter(loaded, requires_grad=False))
+        if parameter.dtype == E4M3:
+            parts = dict(zip((leaf, *FP8_LEAVES), quantise_weight(tensor.to(device)), strict=True))
+        else:
+            parts = {leaf: tensor if put is not None else tensor.to(device=device, dtype=_held(module, dtype))}
+        for leaf, values in parts.items():
+            if put is not None:
+                put(f"{owner}.{leaf}", values)
+                continue
+            spare = room_behind(parameter)
+            values = with_room(values, spare) if spare else values
+            module.register_parameter(leaf, torch.nn.Parameter(values, requires_grad=False))
     if expected:
         names = sorted(expected)
         raise ValueError(f"{path}: {len(names)} tensors are missing: {', '.join(names[:5])}{' ...' * (len(names) > 5)}")
@@ -177,7 +185,7 @@ def _held(module: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
 
 
 def _is_base(name: str) -> bool:
-    return not name.endswith((".lora_a", ".lora_b"))
+    return not name.endswith((".lora_a", ".lora_b", *FP8_LEAVES))
 
 
 def _safetensors_files(folder: Path) -> list[Path]:

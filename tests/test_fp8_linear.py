@@ -1,0 +1,187 @@
+"""A linear in fp8 is the product of what its codes stand for, forward and backward, and its adapter is lora_linear's."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from faces import DEVICE, TRITON_DTYPES, with_gradients
+from tolerances import assert_fp32, assert_fp64, assert_twice
+from torch import Tensor
+
+from e5kernels import fp8 as rows_room
+from e5kernels import fp8_linear as room
+from e5kernels.dropout import keyed_dropout, mix_tensor
+from e5kernels.fp8 import E4M3, quantise_rows_reference, rms_norm_rows, rows_of
+from e5kernels.fp8_linear import Fp8Weight, fp8_linear, fp8_lora_linear, quantise_weight, scaled_product
+
+STREAM, SCALE = 0x9E3779B97F4A7C15, 2.0
+SHAPES = [(13, 32, 48, 4), (1, 16, 16, 1), (33, 64, 16, 20)]  # T, in, out, R
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def back(x: Tensor) -> Tensor:
+    """What x's codes stand for, float64, by the definition."""
+    q, scale = quantise_rows_reference(x)
+    return q.double() * scale.double()
+
+
+class Case:
+    """A linear with random weights, and what it should give by products in float64 of what its codes stand for."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, drop_below: int = 0) -> None:
+        n_tokens, n_in, n_out, rank = shape
+        self.weight = torch.randn(n_out, n_in, device=DEVICE) / n_in**0.5
+        self.fp8 = quantise_weight(self.weight)
+        self.bias = torch.randn(n_out, device=DEVICE).to(dtype)
+        self.x = torch.randn(n_tokens, n_in, device=DEVICE).to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.a = (torch.randn(rank, n_in, device=DEVICE) / n_in**0.5).to(wide)
+        self.b = torch.randn(n_out, rank, device=DEVICE).to(wide)
+        self.g = torch.randn(n_tokens, n_out, device=DEVICE).to(dtype)
+        keys = mix_tensor(torch.arange(n_tokens, device=DEVICE)) if drop_below else None
+        self.drop = (keys, STREAM, drop_below)
+
+    def frozen(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        y = back(x) @ back(self.weight).T + self.bias.double()
+        return y, back(g) @ back(self.weight.T.contiguous()).T
+
+    def adapted(self) -> list[Tensor]:
+        """y, dx, dA, dB in float64."""
+        y, dx = self.frozen(self.x, self.g)
+        x, a, b, g = (item.double() for item in (self.x, self.a, self.b, self.g))
+        dropped = keyed_dropout(x, *self.drop) if self.drop[2] else x
+        dz = SCALE * g @ b
+        added = keyed_dropout(dz @ a, *self.drop) if self.drop[2] else dz @ a
+        return [y + SCALE * dropped @ a.T @ b.T, dx + added, dz.T @ dropped, SCALE * g.T @ (dropped @ a.T)]
+
+    def got(self) -> list[Tensor]:
+        def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return fp8_lora_linear(x, self.fp8, self.bias, a, b, SCALE, *self.drop)
+
+        return with_gradients(function, [self.x, self.a, self.b], self.g)
+
+
+def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype, rounds: int = 1) -> None:
+    if dtype == torch.float64:
+        assert_fp64(got, expected)
+    elif dtype == torch.float32:
+        assert_fp32("fp8_linear", got, expected.float())
+    else:
+        assert_twice(got, expected.to(dtype), expected.float(), rounds)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_linear_is_the_product_of_what_its_codes_stand_for(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    case = Case(shape, dtype)
+    y, dx = with_gradients(lambda x: fp8_linear(x, case.fp8, case.bias), [case.x], case.g)
+    for got, expected in zip((y, dx), case.frozen(case.x, case.g), strict=True):
+        assert got.dtype == dtype
+        assert_near(got, expected, dtype)
+
+
+@pytest.mark.parametrize("drop_below", [0, 77])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_adapter_is_an_epilogue_of_its_own_dtype(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, drop_below: int
+) -> None:
+    case = Case(shape, dtype, drop_below)
+    for got, expected in zip(case.got(), case.adapted(), strict=True):
+        assert_near(got, expected, dtype)
+
+
+@pytest.mark.parametrize("drop_below", [0, 77])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_triton_face_equals_the_reference(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, drop_below: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(shape, dtype, drop_below)
+    monkeypatch.setattr(room, "face", lambda device: "triton")
+    monkeypatch.setattr(rows_room, "face", lambda device: "triton")
+    for got, expected in zip(case.got(), case.adapted(), strict=True):
+        assert_near(got, expected, dtype, rounds=4)  # z, dz, y and its epilogue are rounded one after another
+
+
+def test_a_gradient_reaches_no_weight_and_what_is_saved_is_what_it_needs() -> None:
+    case, saved = Case(SHAPES[0], torch.float32), []
+    x = case.x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        fp8_linear(x, case.fp8, case.bias)
+        assert [tensor.data_ptr() for tensor in saved] == [tensor.data_ptr() for tensor in case.fp8[2:]]
+        saved.clear()
+        fp8_lora_linear(x, case.fp8, None, case.a, case.b, SCALE, *case.drop)
+    assert {tuple(tensor.shape) for tensor in saved} == {(13, 32), (13, 4), (32, 48), (32, 1), (4, 32), (48, 4)}
+    assert sum(tensor.dtype == E4M3 for tensor in saved) == 1
+
+
+def test_linears_share_the_quantisation_of_their_input() -> None:
+    case, weight = Case(SHAPES[0], torch.float32), torch.ones(32)
+    x = case.x.requires_grad_()
+    rows = rms_norm_rows(x, weight, 1e-5)
+    y = fp8_linear(rows, case.fp8, None)
+    assert torch.equal(y, fp8_linear(rows.x, case.fp8, None))
+    assert torch.equal(y, fp8_linear(rows_of(rows.x), case.fp8, None))
+    (dx,) = torch.autograd.grad(y, x, case.g)
+    assert dx.abs().sum() > 0
+
+
+def test_what_is_not_read_is_zero_and_has_the_same_gradients() -> None:
+    case = Case(SHAPES[0], torch.float32, 77)
+
+    def function(x: Tensor, a: Tensor, b: Tensor, is_read: bool = False) -> Tensor:
+        return fp8_lora_linear(x, case.fp8, None, a, b, SCALE, *case.drop, is_read)
+
+    unread = with_gradients(function, [case.x, case.a, case.b], case.g)
+    read = with_gradients(lambda *each: function(*each, True), [case.x, case.a, case.b], case.g)
+    assert not unread[0].any()
+    assert all(map(torch.equal, unread[1:], read[1:]))
+
+
+def test_a_token_s_output_is_its_own() -> None:
+    case = Case(SHAPES[2], torch.float64)
+    whole = fp8_linear(case.x, case.fp8, None)
+    parts = torch.cat([fp8_linear(case.x[first:last], case.fp8, None) for first, last in pairwise((0, 1, 5, 33))])
+    assert_fp64(parts, whole)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_stays_so_in_its_row_alone() -> None:
+    case = Case(SHAPES[0], torch.float32)
+    x, g = case.x.clone(), case.g.clone()
+    x[3, 5], g[7, 2] = torch.inf, torch.nan
+    y, dx = with_gradients(lambda x: fp8_linear(x, case.fp8, None), [x], g)
+    for got, row in ((y, 3), (dx, 7)):
+        assert not got[row].isfinite().any()
+        assert got[torch.arange(13) != row].isfinite().all()
+
+
+def test_no_token_is_no_output() -> None:
+    case = Case((0, 32, 48, 4), torch.float32)
+    assert [tuple(got.shape) for got in case.got()] == [(0, 48), (0, 32), (4, 32), (48, 4)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n_in", "n_out"), [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)])
+@pytest.mark.parametrize("n_tokens", [1, 15, 1031, 8070])
+def test_scaled_mm_at_mistral_s_shapes_equals_the_reference_on_the_gpu(n_tokens: int, n_in: int, n_out: int) -> None:
+    case = Case((n_tokens, n_in, n_out, 16), torch.bfloat16)
+    rows = rows_of(case.x)
+    for bias in (None, case.bias):
+        arguments = (rows.q, rows.scale, case.fp8.codes, case.fp8.scale, bias)
+        expected = room.scaled_product_reference(*arguments, torch.float32)
+        assert_twice(scaled_product(*arguments, torch.bfloat16), expected.bfloat16(), expected)
+    for got, expected in zip(case.got(), case.adapted(), strict=True):
+        assert_near(got, expected, torch.bfloat16, rounds=4)
+
+
+def test_the_two_copies_are_of_one_weight() -> None:
+    case = Case(SHAPES[0], torch.float32)
+    assert isinstance(case.fp8, Fp8Weight)
+    rows, columns = case.fp8.codes.float() * case.fp8.scale, (case.fp8.codes_t.float() * case.fp8.scale_t).T
+    for copy in (rows, columns):
+        assert (copy - case.weight).abs().max() <= case.weight.abs().max() * 2**-4
+    assert sum(tensor.nbytes for tensor in case.fp8 if tensor.dtype == E4M3) == case.weight.bfloat16().nbytes

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 LINK_EFFICIENCY = 0.75  # assumed
+FP8_GAIN_CPU = 0.8  # there fp8 is only played: each input is quantised and taken back, each weight decoded
 MIB = 2**20
 
 
@@ -26,6 +27,7 @@ class Card:
     memory_mib: int  # what a process can have of it
     flops: float
     efficiency: float = 0.436  # measured on one H100, see above
+    fp8_gain: float = 12_335 / 10_300  # of a step whose frozen linears are in fp8; measured there too; 0: has no fp8
     bandwidth: float  # of its memory
     link: float  # to the other cards of its node
     network: float  # to other nodes, a card's own share
@@ -42,7 +44,9 @@ class Card:
 _H100 = Card(
     name="h100", kind="cuda", memory_mib=79_000, flops=989e12, bandwidth=3.35e12, link=450e9, network=50e9
 )  # fmt: skip
-_A100 = replace(_H100, name="a100-80", memory_mib=79_000, flops=312e12, bandwidth=2.04e12, link=300e9, network=25e9)
+_A100 = replace(
+    _H100, name="a100-80", fp8_gain=0, memory_mib=79_000, flops=312e12, bandwidth=2.04e12, link=300e9, network=25e9
+)
 _4090 = replace(_H100, name="rtx4090", memory_mib=23_500, flops=165e12, bandwidth=1.01e12, link=32e9, network=12.5e9)
 CARDS = {
     card.name: card
@@ -65,7 +69,8 @@ def card_of(device: torch.device) -> Card:
     known = next((card for prefix, card in _NAMES.items() if name.startswith(prefix)), None)
     source = "data sheet" if known else "unknown GPU: the rates of an A100"
     free_mib = torch.cuda.mem_get_info(device)[0] // MIB
-    return replace(CARDS[known or "a100-80"], name=name, memory_mib=free_mib, source=source)
+    gain = CARDS[known].fp8_gain if known else _H100.fp8_gain * (torch.cuda.get_device_capability(device) >= (8, 9))
+    return replace(CARDS[known or "a100-80"], name=name, memory_mib=free_mib, fp8_gain=gain, source=source)
 
 
 def _this_cpu() -> Card:
@@ -73,6 +78,7 @@ def _this_cpu() -> Card:
     return Card(
         name="cpu", kind="cpu", memory_mib=_available_mib(), flops=flops, efficiency=0.8, bandwidth=10e9, link=5e9,
         network=1e9, framework_mib=400, group_mib=16, source="a matrix product on this machine, memory now available",
+        fp8_gain=FP8_GAIN_CPU,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import get_args
 import numpy as np
 
 from e5core.distributed import finish, log, log_error, share, start
+from e5core.encoder import Dtype
 from e5core.metrics import TextProgress
 from e5core.records import read_texts
 from e5core.rope_scaling import AS_TRAINED, add_options, chosen_context
@@ -49,6 +50,7 @@ def encode_file(
             pass
         return n_texts
     made_of = {"texts": digest.hexdigest(), "model": model, "dtype": str(encoder.dtype), "task": task}
+    made_of["fp8_skip"] = None if encoder.model.fp8_skip is None else list(encoder.model.fp8_skip)
     sizes = repr(encoder.model.backbone.config)  # and positions, which a LongContext changes
     made_of |= {
         "max_tokens": encoder.max_tokens,
@@ -119,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", help="instruction, for queries (or the run's prefix); documents have none")
     parser.add_argument("--max-tokens", type=int, help="cut texts to this many tokens (default: the run's, else 512)")
     parser.add_argument("--dimensions", type=int, help="keep this many numbers of each vector, of unit length again")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="auto: as trained, fp8 too")
     add_options(parser)
     parser.add_argument("--selfcheck", action="store_true", help="compare with the vectors stored by the training run")
     return parser

@@ -125,7 +125,7 @@ def estimate(sizes: Sizes, work: Workload, setting: Setting, ranks: Ranks, card:
     device = torch.device(card.kind)
     traffic = traffic_of(sizes, setting.strategy, ranks, n_micro, candidates, dtype, device)
     passes = 3 * n_micro - 1  # each reads the weights once, beside its products
-    reading = passes * sizes.config.n_layers * sizes.block * dtype.itemsize / card.bandwidth
+    reading = passes * sizes.matrices(dtype.itemsize) / card.bandwidth
     near, far = card.link * LINK_EFFICIENCY, card.network * LINK_EFFICIENCY
     one_node = ranks.world_size <= ranks.per_node
     wide = near if one_node else far
@@ -135,7 +135,7 @@ def estimate(sizes: Sizes, work: Workload, setting: Setting, ranks: Ranks, card:
         lines=ledger(sizes, setting, ranks, load, dtype, device),
         flops=flops,
         traffic=traffic,
-        compute_s=flops / card.rate + reading,
+        compute_s=flops / (card.rate * (card.fp8_gain if sizes.quantised else 1)) + reading,
         gather_s=traffic.units / (near if setting.strategy == "hybrid" else wide),
         reduce_s=(traffic.gradients + traffic.candidates) / wide,
     )
@@ -156,8 +156,8 @@ def traffic_of(
     """
     wide, shards, world = max(4, dtype.itemsize), ranks.shards(strategy), ranks.world_size
     adapters = wide * sizes.adapters
-    matrices = sizes.config.n_layers * (sizes.block + room_numbers(sizes, dtype, device))
-    blocks = (matrices + sizes.biases) * dtype.itemsize + wide * sizes.norms
+    room = sizes.config.n_layers * room_numbers(sizes, dtype, device)
+    blocks = sizes.matrices(dtype.itemsize) + (room + sizes.biases) * dtype.itemsize + wide * sizes.norms
     n_layers = sizes.config.n_layers  # a pass begins with the block that the one before ended with, if it turns round
     n_gathers = n_micro * n_layers + (2 * n_micro - 1) * (n_layers - 1)
     gathered = n_gathers * (blocks + adapters) / n_layers + sizes.root * dtype.itemsize  # the root once a step

@@ -1,6 +1,6 @@
 """Frozen linears in row-wise fp8: which of a backbone's, on which devices, and what quantises their inputs.
 
-    backbone.frozen_dtype = "fp8"      y = (q W_q^T) s_x s_w + b,  dx = (g_q V_q^T) s_g s_v      (e5kernels/fp8_linear.py)
+    backbone.frozen_dtype = "fp8"      y = (q W_q^T) s_x s_w + b,  dx = (g_q V_q^T) s_g s_v    (e5kernels/fp8_linear.py)
     backbone.fp8_skip = ["w_down"]     these stay in the backbone's dtype, in every layer; or, in one of them,
                                        "layers.1.feed_forward.w_down"
 
@@ -70,7 +70,7 @@ def _hold(linear: nn.Module, path: str) -> None:
     n_out, n_in = linear.weight.shape
     if n_out % MULTIPLE or n_in % MULTIPLE:
         raise ValueError(
-            f"{path} is {n_out} x {n_in}, and products in fp8 take multiples of {MULTIPLE}; name it in backbone.fp8_skip"
+            f"{path} is {n_out} x {n_in}, and fp8 products take multiples of {MULTIPLE}; name it in backbone.fp8_skip"
         )
     parts = {"weight": ((n_out, n_in), E4M3), "weight_scale": ((n_out, 1), torch.float32)}
     parts |= {"weight_t": ((n_in, n_out), E4M3), "weight_t_scale": ((n_in, 1), torch.float32)}

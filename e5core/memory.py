@@ -17,6 +17,7 @@ product, what adapted linears read has spare columns, and so many rows are behin
 
 import resource
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,11 @@ import torch
 from e5core.backbone import Backbone, BackboneConfig
 from e5core.cards import MIB
 from e5core.encoder import Pooling
+from e5core.fp8 import apply_fp8
 from e5core.lora import LINEARS, READERS, LoraConfig, adapters, apply_lora
 from e5core.recompute import Policy
 from e5kernels import attention, dropout, infonce, rms_norm, swiglu
+from e5kernels.fp8 import E4M3
 from e5kernels.lora_linear import room_of
 
 
@@ -41,6 +44,13 @@ class Sizes(NamedTuple):
     adapters: int  # trainable
     biases: int
     pooling: Pooling = "last"
+    quantised: int = 0  # of all blocks' frozen matrices in fp8, each held twice
+    scales: int = 0  # of these, fp32
+    widest: int = 0  # the largest of these matrices
+
+    def matrices(self, itemsize: int) -> int:
+        """Return the bytes of all blocks' frozen matrices, itemsize each number that is not in fp8."""
+        return (self.block * self.config.n_layers - self.quantised) * itemsize + 2 * self.quantised + 4 * self.scales
 
 
 class Setting(NamedTuple):
@@ -73,8 +83,13 @@ class Load(NamedTuple):
     candidates: int  # of all ranks
 
 
-def sizes_of(config: BackboneConfig, lora: LoraConfig, pooling: Pooling = "last") -> Sizes:
-    """Count a model's numbers on the model itself, without memory for them."""
+def sizes_of(
+    config: BackboneConfig, lora: LoraConfig, pooling: Pooling = "last", fp8_skip: Sequence[str] | None = None
+) -> Sizes:
+    """Count a model's numbers on the model itself, without memory for them.
+
+    fp8_skip: the linears that are not in fp8; None: all.  Raises what apply_fp8 raises.
+    """
     with torch.device("meta"):
         backbone = Backbone(config)
         apply_lora(backbone, lora)
@@ -84,7 +99,13 @@ def sizes_of(config: BackboneConfig, lora: LoraConfig, pooling: Pooling = "last"
     root = own["tok_embeddings.weight"]
     trainable = sum(linear.lora_a.numel() + linear.lora_b.numel() for _, linear in adapters(backbone))
     block = (sum(own.values()) - norms - biases - root) // config.n_layers
-    return Sizes(config, lora, block, norms, root, trainable, biases, pooling)
+    sizes = Sizes(config, lora, block, norms, root, trainable, biases, pooling)
+    if fp8_skip is None:
+        return sizes
+    apply_fp8(backbone, fp8_skip)
+    codes = [p.numel() for name, p in backbone.named_parameters() if name.endswith(".weight") and p.dtype == E4M3]
+    scales = sum(p.numel() for name, p in backbone.named_parameters() if name.endswith("_scale"))
+    return sizes._replace(quantised=sum(codes), scales=scales, widest=max(codes))
 
 
 def room_numbers(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
@@ -93,7 +114,12 @@ def room_numbers(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     widths = dict(zip(LINEARS, (q, kv, kv, c.dim, c.hidden_dim, c.hidden_dim, c.dim), strict=True))
     n_out = sum(widths[name] for readers in READERS if {*readers} <= {*targets} for name in readers)
-    return room_of(sizes.lora.rank, dtype, device) * n_out
+    return spare_of(sizes, dtype, device) * n_out
+
+
+def spare_of(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
+    """Say how many columns stand behind a row that adapters read: none for fp8 (what fp8_skip leaves is not counted)."""
+    return 0 if sizes.quantised else room_of(sizes.lora.rank, dtype, device)
 
 
 def ledger(
@@ -105,8 +131,8 @@ def ledger(
     """
     e, wide, n_layers = dtype.itemsize, max(4, dtype.itemsize), sizes.config.n_layers
     shards = ranks.shards(setting.strategy)
-    matrices = sizes.block + room_numbers(sizes, dtype, device)
-    block = matrices * e + wide * sizes.norms // n_layers + e * sizes.biases // n_layers
+    matrices = sizes.matrices(e) // n_layers + e * room_numbers(sizes, dtype, device)
+    block = matrices + wide * sizes.norms // n_layers + e * sizes.biases // n_layers
     own_adapters = wide * sizes.adapters // shards
     tokens = _Tokens(sizes, dtype, device)
     first = tokens.kept(setting.recompute, load.tokens) + tokens.working(setting.recompute, load.tokens)
@@ -166,7 +192,7 @@ class _Tokens:
         self.c, self.lora, self.pooling = sizes.config, sizes.lora, sizes.pooling
         self.e, self.wide = dtype.itemsize, max(4, dtype.itemsize)
         self.plain = {op: op.face(device) == "reference" for op in (attention, dropout, rms_norm, swiglu)}
-        self.spare = room_of(sizes.lora.rank, dtype, device)
+        self.spare = spare_of(sizes, dtype, device)
         self.q, self.kv = self.c.n_heads * self.c.head_dim, self.c.n_kv_heads * self.c.head_dim
 
     def kept(self, policy: Policy, n_tokens: int) -> int:

@@ -115,7 +115,7 @@ def _read(model: str, base: str | None) -> Adapter:
 
 
 def _check_alike(first: Adapter, other: Adapter) -> None:
-    for field in ("base_sha256", "causal", "pooling", "tokenizer_contract", "template"):
+    for field in ("base_sha256", "causal", "pooling", "frozen_dtype", "fp8_skip", "tokenizer_contract", "template"):
         one, two = asdict(first.card)[field], asdict(other.card)[field]
         if one != two:
             raise ValueError(

@@ -46,7 +46,10 @@ def plan(
         card = card_of(torch.device("cpu") if gpu == "cpu" else alone().device)
     # a GPU that is not here takes what "auto" means on it
     dtype, _ = choose_dtype(config.backbone.dtype, torch.device(card.kind))
-    sizes = sizes_of(read_config(path, causal=config.backbone.causal), config.lora, config.backbone.pooling)
+    source = config.backbone
+    if source.skipped is not None and not card.fp8_gain:
+        raise ValueError(f'backbone.frozen_dtype = "fp8": {card.name} has no products in fp8; set it to "same"')
+    sizes = sizes_of(read_config(path, causal=source.causal), config.lora, source.pooling, source.skipped)
     work = _workload(config, path, n_steps, assume_lengths)
     return make_plan(sizes, work, config.batch, strategy, ranks, card, dtype)
 

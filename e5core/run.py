@@ -22,6 +22,7 @@ from e5core.config import existing, load_config, write_config
 from e5core.distributed import World, check_same, log, share
 from e5core.encoder import BackboneSource, settle_dtype
 from e5core.estimate import Plan, make_plan
+from e5core.fp8 import check_fp8
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
 from e5core.memory import Ranks, sizes_of
@@ -243,8 +244,10 @@ def settle_batch(
     Of a resumed run [batch] stays as it began; the strategy is chosen anew for the ranks that there are.
     Returns the config, its [batch] without "auto" and the same on all ranks, and the plan, whose strategy is settled.
     """
+    if config.backbone.skipped is not None:
+        check_fp8(world.device, dtype)
     shape = read_config(model_path, causal=config.backbone.causal)
-    sizes = sizes_of(shape, config.lora, config.backbone.pooling)
+    sizes = sizes_of(shape, config.lora, config.backbone.pooling, config.backbone.skipped)
     tokenizer = Tokenizer.load(model_path, config.tokenizer)
     work = counted(mixture, tokenizer, config.batch, total_steps(config, mixture))
     card, ranks = card_of(world.device), Ranks(world.world_size, world.local_size)

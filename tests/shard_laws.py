@@ -42,9 +42,14 @@ CASES = (
 
 
 def sharded_model(
-    world: World, embedder: str, strategy: Strategy, dtype: torch.dtype, recompute: Policy = "none"
+    world: World,
+    embedder: str,
+    strategy: Strategy,
+    dtype: torch.dtype,
+    recompute: Policy = "none",
+    fp8_skip: tuple[str, ...] | None = None,
 ) -> EmbeddingModel:
-    held = {"recompute": recompute, "strategy": strategy, "world": world}
+    held = {"recompute": recompute, "strategy": strategy, "world": world, "fp8_skip": fp8_skip}
     model = build_model(Path(embedder), dtype, CPU, causal=True, lora=LORA, seed=0, **held)
     generator = torch.Generator().manual_seed(1)
     for name, master in list(model.masters()):
@@ -164,6 +169,21 @@ def two_ranks(world: World, embedder: str, config_file: str) -> dict[str, Any]:
         "beside fully_shard": beside_fully_shard(world, embedder, 20),
         "fully trained": fully_trained(world, embedder, "full"),
     }
+
+
+def in_fp8(world: World, embedder: str, strategy: Strategy) -> dict[str, Any]:
+    """Embed a batch, the same on each rank, by a model in fp8, and go back.  Returns embeddings and gradient."""
+    model = sharded_model(world, embedder, strategy, torch.float64, fp8_skip=("wo",))
+    tokenizer, config = Tokenizer.load(Path(embedder)), BatchConfig(size=3, max_tokens=60)
+    (batch,) = pack(build_batch(made_records(3), tokenizer, config, seed=1, step=0).sequences, 10_000, CPU)
+    embeddings = model(batch, dropout=(1, 2))
+    embeddings.backward(torch.linspace(-1, 1, embeddings.numel(), dtype=torch.float64).view(embeddings.shape))
+    found: dict[str, Any] = {"embeddings": embeddings.detach().numpy().copy()}
+    if model.shards is not None:
+        model.shards.reduce_gradients()
+        found["most_gathered"] = model.shards.traffic.most_gathered
+    gradient = whole(model, {name: p.grad for name, p in model.trained().items()})
+    return found | {"gradient": gradient / world.world_size}
 
 
 def trainings(world: World, config_file: Path) -> None:

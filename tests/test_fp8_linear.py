@@ -1,4 +1,4 @@
-"""A linear in fp8 is the product of what its codes stand for, forward and backward, and its adapter is lora_linear's."""
+"""A linear in fp8 is the product of what its codes stand for, in both directions, and its adapter is lora_linear's."""
 
 from itertools import pairwise
 

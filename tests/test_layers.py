@@ -43,6 +43,7 @@ FLOORS = (
         "parts",
         {
             "backbone",
+            "fp8",
             "families",
             "lora",
             "recompute",
@@ -116,6 +117,8 @@ sys.meta_path.insert(0, NoTriton())
 sys.platform = "darwin"
 import e5kernels.attention
 import e5kernels.dropout
+import e5kernels.fp8
+import e5kernels.fp8_linear
 import e5kernels.infonce
 import e5kernels.last_token
 import e5kernels.lora_linear
@@ -123,7 +126,7 @@ import e5kernels.rms_norm
 import e5kernels.rope
 import e5kernels.swiglu
 
-for op in (e5kernels.infonce, e5kernels.last_token, e5kernels.lora_linear):
+for op in (e5kernels.fp8, e5kernels.infonce, e5kernels.last_token, e5kernels.lora_linear):
     assert {op.face(torch.device(kind)) for kind in ("cpu", "mps", "cuda")} == {"reference"}
 for op in (e5kernels.attention, e5kernels.dropout, e5kernels.rms_norm, e5kernels.rope, e5kernels.swiglu):
     assert {op.face(torch.device(kind)) for kind in ("mps", "cuda")} == {"reference"}

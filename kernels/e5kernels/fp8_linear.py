@@ -91,7 +91,8 @@ class _Fp8Linear(torch.autograd.Function):
 class _Fp8LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: ANN205
-        ctx, x, q, q_scale, codes, scale_w, codes_t, scale_t, bias, lora_a, lora_b, scale, keys, stream, drop_below, is_read  # noqa: ANN001
+        ctx, x, q, q_scale, codes, codes_scale, codes_t, scale_t, bias,  # noqa: ANN001
+        lora_a, lora_b, scale, keys, stream, drop_below, is_read,  # noqa: ANN001
     ):  # fmt: skip
         ctx.scale, ctx.stream, ctx.drop_below = scale, stream, drop_below
         ctx.factor = scale if keys is None else scale * 256 / (256 - drop_below)
@@ -99,7 +100,7 @@ class _Fp8LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x, z, codes_t, scale_t, lora_a, lora_b, keys)
         if not is_read:
             return x.new_zeros(()).expand(len(x), len(codes))
-        return scaled_product(q, q_scale, codes, scale_w, bias, x.dtype).addmm_(z, lora_b.to(x.dtype).T)
+        return scaled_product(q, q_scale, codes, codes_scale, bias, x.dtype).addmm_(z, lora_b.to(x.dtype).T)
 
     @staticmethod
     @once_differentiable

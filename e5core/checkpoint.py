@@ -20,8 +20,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Card:
     template: str
     pooling: Pooling = "last"
     frozen_dtype: str = "same"
-    fp8_skip: Sequence[str] = ()
+    fp8_skip: list[str] = field(default_factory=list)
 
 
 def write_part(folder: Path, rank: int, world_size: int, slices: Mapping[str, Slice]) -> Path:
@@ -197,10 +197,10 @@ def restore(
     Raises ValueError where the folder is of another base model, LoRA, tokenizer or other data.
     """
     state, stored, own = read_json(folder / "state.json"), read_card(folder), json.loads(json.dumps(asdict(card)))
-    for field in ("base_sha256", "tokenizer_contract", "template", "causal", "pooling", "lora"):
-        was, now = asdict(stored)[field], own[field]
+    for key in ("base_sha256", "tokenizer_contract", "template", "causal", "pooling", "lora"):
+        was, now = asdict(stored)[key], own[key]
         if was != now:
-            raise ValueError(f"{folder}: {field} was {was}, is {now}; put the model's files back or start a new run")
+            raise ValueError(f"{folder}: {key} was {was}, is {now}; put the model's files back or start a new run")
     if state["data"] != data_digest:
         raise ValueError(
             f"{folder}: the training records have changed since this checkpoint, so the run cannot go on as it was; "

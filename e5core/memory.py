@@ -28,8 +28,7 @@ from e5core.encoder import Pooling
 from e5core.fp8 import apply_fp8
 from e5core.lora import LINEARS, READERS, LoraConfig, adapters, apply_lora
 from e5core.recompute import Policy
-from e5kernels import attention, dropout, infonce, rms_norm, swiglu
-from e5kernels.fp8 import E4M3
+from e5kernels import attention, dropout, fp8, infonce, rms_norm, swiglu
 from e5kernels.lora_linear import room_of
 
 
@@ -103,7 +102,7 @@ def sizes_of(
     if fp8_skip is None:
         return sizes
     apply_fp8(backbone, fp8_skip)
-    codes = [p.numel() for name, p in backbone.named_parameters() if name.endswith(".weight") and p.dtype == E4M3]
+    codes = [p.numel() for name, p in backbone.named_parameters() if name.endswith(".weight") and p.dtype == fp8.E4M3]
     scales = sum(p.numel() for name, p in backbone.named_parameters() if name.endswith("_scale"))
     return sizes._replace(quantised=sum(codes), scales=scales, widest=max(codes))
 
@@ -189,9 +188,9 @@ class _Tokens:
     """Bytes that tokens take in the model's graph."""
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> None:
-        self.c, self.lora, self.pooling = sizes.config, sizes.lora, sizes.pooling
+        self.c, self.lora, self.pooling, self.widest = sizes.config, sizes.lora, sizes.pooling, sizes.widest
         self.e, self.wide = dtype.itemsize, max(4, dtype.itemsize)
-        self.plain = {op: op.face(device) == "reference" for op in (attention, dropout, rms_norm, swiglu)}
+        self.plain = {op: op.face(device) == "reference" for op in (attention, dropout, fp8, rms_norm, swiglu)}
         self.spare = spare_of(sizes, dtype, device)
         self.q, self.kv = self.c.n_heads * self.c.head_dim, self.c.n_kv_heads * self.c.head_dim
 
@@ -221,7 +220,11 @@ class _Tokens:
             in_flight = max(in_flight, x + 2 * f * self.e + drawn)
         shared = x if not self.plain[rms_norm] or self.e == self.wide else 0  # the replay's norm keeps the saved x
         replayed = {"none": 0, "mlp": self.feed() - shared + x, "block": self.attention() + self.feed() - shared + x}
-        return n_tokens * (replayed[policy] + in_flight)
+        peak = n_tokens * (replayed[policy] + in_flight)
+        if self.widest and self.plain[fp8]:  # w_down's transposed codes and their places in a table, g's values, dx
+            decoded = (self.wide + 4) * self.widest + n_tokens * (x + self.wide * (c.dim + f))
+            peak = max(peak, n_tokens * replayed[policy] + decoded)
+        return peak
 
     def attention(self) -> int:
         """Return what a token keeps of x + attention(norm(x)) in one block."""

@@ -84,8 +84,7 @@ NARROW_STORES = {
     "attention table": 1,
     "attention forward": 1,  # lse, a number a query and head, as delta
     "attention delta": 1,
-    # a scale a row; codes, of which a thread has 8 bytes side by side where its bf16 are 16
-    **{case: 9 for case in ("fp8 quantise", "fp8 rms_norm", "fp8 swiglu", "fp8 geglu")},
+    **dict.fromkeys(("fp8 quantise", "fp8 rms_norm", "fp8 swiglu", "fp8 geglu"), 1),  # a scale a row
 }
 IN_CALLERS_DTYPE = (
     "queries_ptr", "candidates_ptr", "hidden_ptr", "pooled_ptr", "d_hidden_ptr", "d_pooled_ptr", "x_ptr", "y_ptr",

@@ -105,10 +105,16 @@ class Products(TorchDispatchMode):
 
 
 def built(
-    folder: Path, policy: Policy, dropout: float, dtype: torch.dtype = torch.float32, pooling: Pooling = "last"
+    folder: Path,
+    policy: Policy,
+    dropout: float,
+    dtype: torch.dtype = torch.float32,
+    pooling: Pooling = "last",
+    fp8_skip: tuple[str, ...] | None = None,
 ) -> EmbeddingModel:
     lora = LoraConfig(rank=4, dropout=dropout)
-    return build_model(folder, dtype, CPU, causal=True, lora=lora, seed=0, pooling=pooling, recompute=policy)
+    form = {"pooling": pooling, "fp8_skip": fp8_skip}
+    return build_model(folder, dtype, CPU, causal=True, lora=lora, seed=0, recompute=policy, **form)
 
 
 def predicted_over_counted(
@@ -118,14 +124,15 @@ def predicted_over_counted(
     dropout: float,
     dtype: torch.dtype = torch.float32,
     pooling: Pooling = "last",
+    fp8_skip: tuple[str, ...] | None = None,
 ) -> float:
     """Hold the ledger, less what was there before the step, against the allocations of a step."""
-    model, batch = built(folder, policy, dropout, dtype, pooling), batch_of(folder, n=16)
+    model, batch = built(folder, policy, dropout, dtype, pooling, fp8_skip), batch_of(folder, n=16)
     counted = allocated_peak(lambda: backward_step(model, batch, LossConfig(), budget, (0, 0)))
     pieces = sorted((len(piece.tokens) for piece in pack(batch.sequences, budget, CPU)), reverse=True)
     load = Load(pieces[0], (*pieces, 0)[1], batch.n_tokens, len(batch.sequences), 16, 32)
     lines = ledger(
-        sizes_of(model.backbone.config, LoraConfig(rank=4, dropout=dropout), pooling),
+        sizes_of(model.backbone.config, LoraConfig(rank=4, dropout=dropout), pooling, fp8_skip),
         Setting("none", budget, policy), Ranks(1), load, dtype, CPU,
     )  # fmt: skip
     before = ("frozen weights", "adapters (fp32)", "AdamW's moments")
@@ -147,6 +154,13 @@ def test_a_step_s_peak_is_predicted_to_5_percent(policy: Policy, budget: int, dr
 @pytest.mark.parametrize("policy", ["none", "block"])
 def test_so_it_is_where_the_mean_is_pooled(policy: Policy, folder: Path) -> None:
     assert predicted_over_counted(folder, policy, 250, 0.1, pooling="mean") == pytest.approx(1, abs=0.05)
+
+
+@BUILT
+@each_policy
+@pytest.mark.parametrize("fp8_skip", [(), ("w_down", "wo")])
+def test_so_it_is_in_fp8(policy: Policy, fp8_skip: tuple[str, ...], folder: Path) -> None:
+    assert predicted_over_counted(folder, policy, 250, 0.1, fp8_skip=fp8_skip) == pytest.approx(1, abs=0.08)
 
 
 @BUILT

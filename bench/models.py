@@ -83,8 +83,8 @@ def filled_model(
     looked at.
     Raises ValueError for a key of the table that is not handed on here: the model would not be what it says.
     """
-    form = {"causal": source.causal, "pooling": source.pooling}
-    unheard = sorted(set(asdict(source)) - {"path", "dtype", *form})
+    form = {"causal": source.causal, "pooling": source.pooling, "fp8_skip": source.skipped}
+    unheard = sorted(set(asdict(source)) - {"path", "dtype", "frozen_dtype", *form})
     if unheard:
         raise ValueError(f"bench/models.py does not hand on backbone.{unheard[0]}; make it do so")
     weights = random_tensors(read_config(path), dtype, device)

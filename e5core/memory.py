@@ -117,7 +117,7 @@ def room_numbers(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def spare_of(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
-    """Say how many columns stand behind a row that adapters read: none for fp8 (what fp8_skip leaves is not counted)."""
+    """Say how many columns stand behind a row that adapters read.  In fp8 none: what fp8_skip leaves is not counted."""
     return 0 if sizes.quantised else room_of(sizes.lora.rank, dtype, device)
 
 

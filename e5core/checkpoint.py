@@ -1,11 +1,12 @@
 """A run's folder on disk: RUN/step_N/ with adapter, optimizer and cursor; whole or not there.
 
     step_N/adapter_config.json, adapter_model.safetensors    PEFT's layout, fp32
+    step_N/weights_R_of_W.safetensors                        instead of these, where all weights are trained: rank R's
+                                                             part of them in fp32, by our names (stretches.py)
     step_N/e5core.json                                       what an encoder needs to know: base model by path and hash,
                                                              tokenization contract, template, dtype, length
     step_N/golden.npy                                        embeddings of GOLDEN_TEXTS by this checkpoint
-    step_N/optimizer_R_of_W.safetensors                      rank R's part of the moments; the beginning of each in the
-                                                             whole, laid flat, and the whole's shape in the metadata
+    step_N/optimizer_R_of_W.safetensors                      rank R's part of the moments
     step_N/state.json                                        to go on: step, updates, mixture's state, best so far
     step_N/manifest.json                                     size and sha256 of all these, and its own
     best.json                                                {"step", "metric", "value"}
@@ -25,22 +26,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from e5core.adapter import read_adapter
 from e5core.config import read_json
 from e5core.distributed import World, check_same, share
 from e5core.encoder import EmbeddingModel, Pooling
 from e5core.optim import AdamW
 from e5core.sharding import Slice
+from e5core.stretches import Stretches
 
 _PREFIX = "step_"
 _MANIFEST = "manifest.json"
 PARTIAL = ".partial_step_"  # being written
 _DOOMED = ".old_step_"  # being deleted
-ENCODER_FILES = ("adapter_config.json", "adapter_model.safetensors", "e5core.json", "golden.npy")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CARD_FILES = ("e5core.json", "golden.npy")  # beside what is trained; an encoder needs no more
+_STATE = "state.json"
+_OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class Card:
     causal: bool
     dtype: str
     max_tokens: int
-    lora: dict[str, Any]  # the [lora] table
+    lora: dict[str, Any] | None  # the [lora] table; None: all weights were trained
     tokenizer: dict[str, Any]  # the [tokenizer] table
     tokenizer_contract: dict[str, Any]
     template: str
@@ -61,43 +62,18 @@ class Card:
     fp8_skip: list[str] = field(default_factory=list)
 
 
-def write_part(folder: Path, rank: int, world_size: int, slices: Mapping[str, Slice]) -> Path:
-    """Write a rank's part of the optimizer's state (AdamW.part) into a checkpoint's folder.  Returns the file."""
-    held = {name: part for name, part in slices.items() if len(part.values)}
-    places = {name: json.dumps([part.start, *part.shape]) for name, part in held.items()}
-    tensors = {name: part.values for name, part in held.items()}
-    path = folder / f"optimizer_{rank:05d}_of_{world_size:05d}.safetensors"
-    save_file(tensors, path, metadata=places)
-    return path
+def read_parts(folder: Path, kind: str, wanted: Mapping[str, Slice]) -> None:
+    """Fill slices from the parts of one kind, "weights" or "optimizer", that any number of ranks wrote.
 
-
-def read_parts(folder: Path, wanted: Mapping[str, Slice]) -> None:
-    """Fill slices (AdamW.state) from the parts that any number of ranks wrote.
-
-    Raises ValueError where the parts are of another model or of other LoRA targets.
+    Raises ValueError where they are of another model or of other LoRA targets.
     """
-    strange = ValueError(
-        f"{folder}: its optimizer state is of another model or of other LoRA targets; give the config that it was "
-        "written with, or start a new run with another train.run"
-    )
-    found: dict[str, list[tuple[int, int]]] = {name: [] for name in wanted}
-    for file in sorted(folder.glob("optimizer_*.safetensors")):
-        with safe_open(file, framework="pt") as source:
-            for name, place in (source.metadata() or {}).items():
-                start, *shape = json.loads(place)
-                if name not in wanted or tuple(shape) != wanted[name].shape:
-                    raise strange
-                into, part = wanted[name], source.get_slice(name)
-                first, last = max(start, into.start), min(start + part.get_shape()[0], into.stop)
-                if first < last:
-                    into.values[first - into.start : last - into.start] = part[first - start : last - start]
-                    found[name].append((first, last))
-    for name, into in wanted.items():
-        reached = into.start
-        for first, last in sorted(found[name]):
-            reached = max(reached, last) if first <= reached else reached
-        if reached < into.stop:
-            raise strange
+    stored = Stretches(folder.glob(f"{kind}_*.safetensors"))
+    whole = [stored.fill(name, into) for name, into in wanted.items()]
+    if not all(whole) or stored.shapes.keys() != wanted.keys():
+        raise ValueError(
+            f"{folder}: its {kind} parts are of another model or of other LoRA targets; give the config that they "
+            "were written with, or start a new run with another train.run"
+        )
 
 
 def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -136,9 +112,15 @@ def check_newest(run: Path, world: World) -> None:
             raise _damage(folder, faults)
 
 
-def check_files(folder: Path, names: Iterable[str] = ENCODER_FILES) -> None:
-    """Hold files of a checkpoint, where it has a manifest, against it.  Raises ValueError as check_newest does."""
-    if (folder / _MANIFEST).is_file() and (faults := _faults(folder, names)):
+def check_files(folder: Path) -> None:
+    """Hold what an encoder reads of a checkpoint, where it has a manifest, against it.
+
+    Raises ValueError as check_newest does.
+    """
+    if not (folder / _MANIFEST).is_file():
+        return
+    names = (n for n in _read_manifest(folder)["files"] if n != _STATE and not n.startswith(_OPTIMIZER))
+    if faults := _faults(folder, names):
         raise _damage(folder, faults)
 
 
@@ -206,12 +188,20 @@ def restore(
             f"{folder}: the training records have changed since this checkpoint, so the run cannot go on as it was; "
             "put the files back, or start a new run with another train.run"
         )
-    read_adapter(folder, model.backbone, model.put)
-    with torch.no_grad():
-        read_parts(folder, optimizer.state())
+    read_trained(folder, model)
+    read_parts(folder, _OPTIMIZER, optimizer.state())
     optimizer.n_updates = state["n_updates"]
     best = state["best"]
     return None if best is None or best["step"] not in steps_of(folder.parent) else best
+
+
+def read_trained(folder: Path, model: EmbeddingModel) -> None:
+    """Fill what a model trains, adapters or all of its weights.  Raises what read_adapter or read_parts raises."""
+    if not model.full:
+        read_adapter(folder, model.backbone, model.put)
+        return
+    model.shards.release()
+    read_parts(folder, "weights", model.slices())
 
 
 def prune(run: Path, keep: int) -> None:

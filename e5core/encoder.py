@@ -23,7 +23,7 @@ from e5core.fp8 import apply_fp8, check_fp8
 from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora, make_room
 from e5core.recompute import Policy, apply_recompute
 from e5core.rope_scaling import AS_TRAINED, LongContext, lengthened
-from e5core.sharding import Shards, Strategy, settle_strategy, shard
+from e5core.sharding import Shards, Slice, Strategy, settle_strategy, shard
 from e5core.weights import give_dtypes, load_weights, read_config
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -60,9 +60,11 @@ class EmbeddingModel(nn.Module):
         lora: LoraConfig | None,
         recompute: Policy = "none",
         pooling: Pooling = "last",
+        full: bool = False,
     ) -> None:
+        """full: all weights are trained, and the model is sharded, be it over one rank (sharding.shard)."""
         super().__init__()
-        self.backbone, self.pooling = Backbone(config), pooling
+        self.backbone, self.pooling, self.full = Backbone(config).requires_grad_(full), pooling, full
         self.token_keys = TokenKeys() if lora is None else apply_lora(self.backbone, lora)
         apply_recompute(self.backbone, recompute, self.token_keys)
         self.shards: Shards | None = None  # where each rank keeps a slice of the parameters
@@ -79,6 +81,10 @@ class EmbeddingModel(nn.Module):
         if self.shards is not None:
             return self.shards.trained()
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def slices(self) -> dict[str, Slice]:
+        """Return what this rank of a sharded model holds of what is trained, by its names in the backbone."""
+        return {name.removeprefix("backbone."): part for name, part in self.shards.slices().items()}
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name in the backbone, whole tensor) of what is trained.  Every rank of a sharded model must."""
@@ -141,6 +147,7 @@ def build_model(
     causal: bool,
     lora: LoraConfig | None,
     seed: int,
+    full: bool = False,
     pooling: Pooling = "last",
     recompute: Policy = "none",
     strategy: Strategy = "none",
@@ -151,6 +158,7 @@ def build_model(
 ) -> EmbeddingModel:
     """Load a backbone from its files and put fresh adapters on it (none for lora=None).
 
+    full: all weights are to be trained, without adapters.
     strategy: how it is sharded over the ranks of `world`, which must all call this.  context: changes its positions.
     tensors: (our name, values) in place of the files', which then need say no more than the sizes.
     fp8_skip: holds frozen linears in fp8 (fp8.py), but these; None: in dtype, all of them.
@@ -160,7 +168,7 @@ def build_model(
         check_fp8(device, dtype)
     config = lengthened(read_config(path, causal=causal), context)
     with torch.device("meta"):
-        model = EmbeddingModel(config, lora, recompute, pooling)
+        model = EmbeddingModel(config, lora, recompute, pooling, full)
     give_dtypes(model.backbone, dtype)
     if fp8_skip is not None:
         apply_fp8(model.backbone, fp8_skip)
@@ -170,7 +178,7 @@ def build_model(
     chosen, why = settle_strategy(strategy, model, world)
     if world.world_size > 1 or chosen != "none":
         log(f"sharding {chosen} ({why})")
-    model.shards = shard(model, model.backbone.layers, chosen, replace(world, device=device))
+    model.shards = shard(model, model.backbone.layers, chosen, replace(world, device=device), each_pass=full)
     load_weights(model.backbone, path, dtype, device, model.put, tensors)
     init_lora(model.backbone, seed, torch.promote_types(dtype, torch.float32), device, model.put)
     return model

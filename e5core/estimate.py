@@ -1,9 +1,9 @@
 """A training run before it begins: its work, its traffic between ranks, its time, and the settings that suit a card.
 
 Products a token, of N frozen matrix weights, adapters of A numbers, V keys that a token sees on average over layers of
-H heads: forward 2 N + 2 A + 4 V H head_dim a layer, backward 2 N + 4 A + 10 V H head_dim. The last layer has nearly
-all of them for last tokens alone. The fullest micro-batch is embedded once, all others twice (step.py). Recompute
-repeats a part of the forward pass (recompute.py).
+H heads: forward 2 N + 2 A + 4 V H head_dim a layer, backward 2 N + 4 A + 10 V H head_dim (4 N where the matrices are
+trained themselves). The last layer has nearly all of them for last tokens alone. The fullest micro-batch is embedded
+once, all others twice (step.py). Recompute repeats a part of the forward pass (recompute.py).
 
 Traffic is what one rank receives in a step, and sends as much; n numbers over W ranks cost n (W - 1) / W to gather or
 to reduce-scatter, twice that to all-reduce. A model in shards is gathered for every forward and every backward pass
@@ -33,7 +33,7 @@ class Traffic(NamedTuple):
     """Bytes that a rank receives in a step."""
 
     units: float  # frozen weights and adapters, gathered before use: can be hidden behind products
-    gradients: float  # of adapters
+    gradients: float  # of what is trained
     candidates: float  # embeddings and their gradients
 
 
@@ -89,7 +89,7 @@ def flops_of(
     n_frozen = whole * frozen + narrow * (frozen - late_frozen) + late * late_frozen
     n_adapters = whole * adapters + narrow * (adapters - late_adapters) + late * late_adapters
     forward = 2 * (n_frozen + n_adapters) + 4 * scores
-    backward = 2 * n_frozen + 4 * n_adapters + 10 * scores
+    backward = (4 if sizes.full else 2) * n_frozen + 4 * n_adapters + 10 * scores
     adapted = sum(name in lora.targets for name in ("w_gate", "w_up", "w_down"))
     feed = 3 * c.dim * c.hidden_dim + adapted * lora.rank * (c.dim + c.hidden_dim)
     is_read = c.post_norms or "w_down" not in lora.targets  # else w_down's product is not computed again
@@ -162,8 +162,9 @@ def traffic_of(
     n_gathers = n_micro * n_layers + (2 * n_micro - 1) * (n_layers - 1)
     gathered = n_gathers * (blocks + adapters) / n_layers + sizes.root * dtype.itemsize  # the root once a step
     groups = world // shards
-    gradients = adapters * _part(shards)  # reduce-scattered among the shards, the shards all-reduced over the groups
-    gradients += 2 * adapters / shards * _part(groups)
+    sent = wide * sizes.trained * (n_micro if sizes.full else 1)  # all weights' after every pass, adapters' once a step
+    gradients = sent * _part(shards)  # reduce-scattered among the shards, the shards all-reduced over the groups
+    gradients += 2 * sent / shards * _part(groups)
     return Traffic(
         units=gathered * _part(shards),
         gradients=gradients,
@@ -272,9 +273,9 @@ def describe(plan: Plan) -> str:
     setting, traffic = chosen.setting, chosen.traffic
     framework = card.framework_mib + (card.group_mib if ranks.world_size > 1 else 0)
     n_tokens, run_h = work.batch_size * work.tokens, work.n_steps / 3600
-    frozen = c.n_layers * plan.sizes.block + plan.sizes.norms + plan.sizes.biases + plan.sizes.root
+    frozen = 0 if plan.sizes.full else plan.sizes.whole
     return f"""predicted, not measured
-model      {c.family}, {c.n_layers} blocks, dim {c.dim}; {frozen:,} frozen and {plan.sizes.adapters:,} trainable numbers
+model      {c.family}, {c.n_layers} blocks, dim {c.dim}; {frozen:,} frozen and {plan.sizes.trained:,} trainable numbers
 card       {ranks.world_size} x {card.name}, {card.memory_mib:,} MiB each, {card.flops / 1e12:,.3g} TFLOP/s peak \
 ({card.source}), {card.efficiency:.3g} of it assumed for a step
 run        {work.n_steps:,} steps of {work.batch_size:,} examples, {work.tokens:,.1f} tokens each ({work.source})
@@ -288,7 +289,7 @@ MiB of a rank, at the fullest moment of a step of {chosen.n_micro_batches} micro
 a step, each rank:
   {chosen.flops / 1e12:>12,.4g}  TFLOP in products, of {n_tokens / ranks.world_size:,.0f} tokens
   {traffic.units / 1e6:>12,.4g}  MB received of gathered units
-  {traffic.gradients / 1e6:>12,.4g}  MB received of adapters' gradients
+  {traffic.gradients / 1e6:>12,.4g}  MB received of gradients
   {traffic.candidates / 1e6:>12,.4g}  MB received of candidates and their gradients
   {chosen.compute_s:>12,.4g}  s of products; {chosen.gather_s:,.4g} s of gathering, {chosen.reduce_s:,.4g} s of the rest
   {chosen.hidden_s:>12,.4g}  s with gathering hidden behind products ({n_tokens / chosen.hidden_s:,.0f} tokens/s), \

@@ -9,7 +9,8 @@
 Every export is written under a temporary name, loaded again by e5core and, in a process of its own, by the library that
 it is for, and embeds texts of one and two tokens, of full length, and longer ones. Token ids must be equal and cosines
 to the run at least 0.999999 (fp32) or 0.999 (bf16, and llama.cpp, which rounds inside), or nothing is left in OUT.
-The base of an adapter that was trained on a .gguf file is written beside it, dequantised, as OUT/base.
+The base of an adapter that was trained on a .gguf file is written beside it, dequantised, as OUT/base. What was trained
+with train.full has no adapter: it leaves as merged, sentence-transformers or gguf.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,11 +37,12 @@ from e5core.distributed import log, log_error
 from e5core.layouts import hf_description
 from e5core.lora import LoraConfig
 from e5core.model_files import merged, write_gguf, write_hf_weights
+from e5core.stretches import Stretches
 from e5core.template import PREFIXES, Template, query_text
 from e5core.text_encoder import Encoder
 from e5core.tokenizer_files import gguf_tokenizer, write_hf_tokenizer
-from e5core.trained import adapter_folder, check_base, find_card, lora_of
-from e5core.weights import fingerprint, read_config, tensors_of
+from e5core.trained import check_base, find_card, lora_of, trained_folder, weight_files
+from e5core.weights import fingerprint, names_of, read_config, tensors_of
 
 Format = Literal["peft", "peft-causal-lm", "merged", "sentence-transformers", "gguf"]
 # The package that loads it, and the script in consumers/ that does.
@@ -67,13 +69,26 @@ _WORDS = "Vaccines train the immune system by showing it a harmless part of a ge
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """What is exported: an adapter's folder, and all that is known of it."""
+    """What is exported: the folder of an adapter or of weights, and all that is known of it."""
 
     folder: Path
     card: Card
-    lora: LoraConfig
+    lora: LoraConfig | None  # None: all weights were trained
     adapter: dict[str, Tensor]
     base: Path
+
+    def names(self) -> list[str]:
+        """Return our names of the model's tensors, in the order of `tensors`."""
+        if self.lora is None:
+            return list(Stretches(weight_files(self.folder)).shapes)
+        return names_of(self.base, read_config(self.base))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (our name, fp32 tensor) of the trained model, with its adapter merged."""
+        if self.lora is None:
+            return Stretches(weight_files(self.folder)).whole()
+        base = tensors_of(self.base, read_config(self.base))
+        return merged(base, self.adapter, self.lora.alpha / self.lora.rank)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +117,11 @@ def export(
     if (out.suffix == ".gguf") != (form == "gguf"):
         raise ValueError(f"{out}: the format gguf is a file named *.gguf, the others are folders named otherwise")
     trained = _read(model, base)
+    if trained.lora is None and form in ("peft", "peft-causal-lm"):
+        raise ValueError(
+            f"{trained.folder}: all weights were trained (train.full), so there is no adapter to export as {form}; "
+            "take merged, sentence-transformers or gguf"
+        )
     with tempfile.TemporaryDirectory(prefix=".partial_", dir=out.absolute().parent) as room:
         partial = Path(room) / out.name
         encoder = Encoder.load(str(trained.folder), dtype="float32", base=str(trained.base))
@@ -138,13 +158,13 @@ def prompts(template: Template) -> dict[str, str]:
 
 
 def _read(model: str, base: str | None) -> Trained:
-    folder = adapter_folder(Path(model))
+    folder = trained_folder(Path(model))
     if folder is None:
         raise ValueError(f"{model}: no run and no adapter folder, so there is nothing trained in it to export")
     card = find_card(folder, base)
-    adapter = dict(adapter_tensors(folder))
+    adapter = {} if card.lora is None else dict(adapter_tensors(folder))
     still = [name for name, tensor in adapter.items() if name.endswith("lora_b") and not tensor.any()]
-    if still or not adapter:
+    if still or (not adapter and card.lora is not None):
         raise ValueError(
             f"{folder}: lora_b of {len(still)} linears is all zero, so nothing was learnt there, first of them "
             f"{still[:1]}; an adapter like that changes nothing and is not exported"
@@ -162,17 +182,17 @@ def _read(model: str, base: str | None) -> Trained:
 
 def _write(partial: Path, out: Path, form: Format, dtype: torch.dtype, trained: Trained, encoder: Encoder) -> None:
     """Write an export to `partial`, which will be renamed to `out`."""
-    config, scale = read_config(trained.base), trained.lora.alpha / trained.lora.rank
+    config = read_config(trained.base)
     if form == "gguf":
         tokenizer = gguf_tokenizer(encoder.tokenizer, trained.base, config.vocab_size)
-        write_gguf(partial, trained.base, config, tokenizer, trained.adapter, scale, dtype)
+        write_gguf(partial, config, tokenizer, trained.names(), trained.tensors(), dtype)
         return
     partial.mkdir()
     write_hf_tokenizer(partial, encoder.tokenizer, trained.base, encoder.max_tokens)
     if form in ("peft", "peft-causal-lm"):
         _write_peft(partial, out, form, trained, encoder)
         return
-    _write_hf(partial, trained.base, encoder, trained.adapter, scale, dtype)
+    _write_hf(partial, trained.base, encoder, trained.tensors(), dtype)
     if form == "sentence-transformers":
         _write_sentence_transformers(partial, encoder)
 
@@ -181,7 +201,8 @@ def _write_peft(partial: Path, out: Path, form: Format, trained: Trained, encode
     card, base = trained.card, trained.base.absolute()
     if trained.base.suffix == ".gguf":
         (partial / "base").mkdir()
-        _write_hf(partial / "base", trained.base, encoder, {}, 0.0, torch.float32)
+        config = read_config(trained.base)
+        _write_hf(partial / "base", trained.base, encoder, tensors_of(trained.base, config), torch.float32)
         write_hf_tokenizer(partial / "base", encoder.tokenizer, trained.base, encoder.max_tokens)
         base = out.absolute() / "base"
         card = replace(card, base_sha256=fingerprint(partial / "base"))
@@ -192,13 +213,13 @@ def _write_peft(partial: Path, out: Path, form: Format, trained: Trained, encode
 
 
 def _write_hf(
-    folder: Path, base: Path, encoder: Encoder, adapter: dict[str, Tensor], scale: float, dtype: torch.dtype
+    folder: Path, base: Path, encoder: Encoder, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> None:
     config, tokenizer = read_config(base), encoder.tokenizer
     ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     ids |= {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
     write_json(folder / "config.json", hf_description(base, config, str(dtype).removeprefix("torch.")) | ids)
-    write_hf_weights(folder, config, merged(tensors_of(base, config), adapter, scale), dtype)
+    write_hf_weights(folder, config, tensors, dtype)
 
 
 def _write_sentence_transformers(folder: Path, encoder: Encoder) -> None:

@@ -31,6 +31,9 @@ from e5core.recompute import Policy
 from e5kernels import attention, dropout, fp8, infonce, rms_norm, swiglu
 from e5kernels.lora_linear import room_of
 
+# What linears keep whose own weights are trained is what adapters keep beside z: their input, once for those of one.
+_WHOLE = LoraConfig(rank=0, dropout=0.0)
+
 
 class Sizes(NamedTuple):
     """How many numbers a model has, and its shape."""
@@ -46,6 +49,17 @@ class Sizes(NamedTuple):
     quantised: int = 0  # of all blocks' frozen matrices in fp8, each held twice
     scales: int = 0  # of these, fp32
     widest: int = 0  # the largest of these matrices
+    full: bool = False  # all weights are trained, and there are no adapters
+
+    @property
+    def whole(self) -> int:
+        """Numbers of the model itself."""
+        return self.config.n_layers * self.block + self.norms + self.biases + self.root
+
+    @property
+    def trained(self) -> int:
+        """Numbers that are trained."""
+        return self.whole if self.full else self.adapters
 
     def matrices(self, itemsize: int) -> int:
         """Return the bytes of all blocks' frozen matrices, itemsize each number that is not in fp8."""
@@ -83,22 +97,24 @@ class Load(NamedTuple):
 
 
 def sizes_of(
-    config: BackboneConfig, lora: LoraConfig, pooling: Pooling = "last", fp8_skip: Sequence[str] | None = None
+    config: BackboneConfig, lora: LoraConfig | None, pooling: Pooling = "last", fp8_skip: Sequence[str] | None = None
 ) -> Sizes:
     """Count a model's numbers on the model itself, without memory for them.
 
-    fp8_skip: the linears that are not in fp8; None: all.  Raises what apply_fp8 raises.
+    lora: None: all weights are trained.  fp8_skip: the linears that are not in fp8; None: all.
+    Raises what apply_fp8 raises.
     """
     with torch.device("meta"):
         backbone = Backbone(config)
-        apply_lora(backbone, lora)
+        if lora is not None:
+            apply_lora(backbone, lora)
     own = {name: p.numel() for name, p in backbone.named_parameters() if not p.requires_grad}
     norms = sum(n for name, n in own.items() if "norm" in name)
     biases = sum(n for name, n in own.items() if name.endswith(".bias"))
     root = own["tok_embeddings.weight"]
     trainable = sum(linear.lora_a.numel() + linear.lora_b.numel() for _, linear in adapters(backbone))
     block = (sum(own.values()) - norms - biases - root) // config.n_layers
-    sizes = Sizes(config, lora, block, norms, root, trainable, biases, pooling)
+    sizes = Sizes(config, lora or _WHOLE, block, norms, root, trainable, biases, pooling, full=lora is None)
     if fp8_skip is None:
         return sizes
     apply_fp8(backbone, fp8_skip)
@@ -118,7 +134,7 @@ def room_numbers(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
 
 def spare_of(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
     """Say how many columns stand behind a row that adapters read.  In fp8 none: what fp8_skip leaves is not counted."""
-    return 0 if sizes.quantised else room_of(sizes.lora.rank, dtype, device)
+    return 0 if sizes.quantised or sizes.full else room_of(sizes.lora.rank, dtype, device)
 
 
 def ledger(
@@ -128,6 +144,8 @@ def ledger(
 
     device: of a kind; it need not be there.
     """
+    if sizes.full:
+        return _full_ledger(sizes, setting, ranks, load, dtype, device)
     e, wide, n_layers = dtype.itemsize, max(4, dtype.itemsize), sizes.config.n_layers
     shards = ranks.shards(setting.strategy)
     matrices = sizes.matrices(e) // n_layers + e * room_numbers(sizes, dtype, device)
@@ -155,6 +173,40 @@ def ledger(
     if shards == ranks.world_size > 1:
         lines["communication buffers"] += 2 * load.candidates * sizes.config.dim * wide
     return lines
+
+
+def _full_ledger(
+    sizes: Sizes, setting: Setting, ranks: Ranks, load: Load, dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
+    """Return the ledger where all weights are trained: in units that are gathered and reduced, be it on one rank.
+
+    The fullest moment is in the first backward pass, when few gradients are there yet; or in a later one, when all are;
+    or at a pass's end, when the token embeddings' is added to them.
+    """
+    e, wide, shards = dtype.itemsize, max(4, dtype.itemsize), ranks.shards(setting.strategy)
+    block, root = (sizes.whole - sizes.root) // sizes.config.n_layers, sizes.root
+    masters, tokens = wide * sizes.whole // shards, _Tokens(sizes, dtype, device)
+    moments = [(masters, 0, 0, (e + wide) * root)]
+    for n_tokens, gradients in ((load.tokens, 2 * wide * block // shards), (load.next_tokens, masters)):
+        working = tokens.working(setting.recompute, n_tokens)
+        # the unit's in hand: all where nothing is replayed first, else w_down's; or those of the last one, added up
+        own = block if setting.recompute == "none" else sizes.config.dim * sizes.config.hidden_dim
+        flat = max(e * own, (e + wide) * block - working)
+        moments.append((gradients, tokens.kept(setting.recompute, n_tokens), working, flat) if n_tokens else (0,) * 4)
+    gradients, kept, working, flat = max(moments, key=sum)
+    several = ranks.world_size > 1
+    return {
+        "masters (fp32)": masters,
+        "gathered units": e * (2 * block + root),
+        "gradients of masters": gradients,
+        "AdamW's moments": 2 * masters,
+        "activations kept": kept,
+        "working memory (backward pass)": working,
+        "a unit's gradients": flat,
+        "loss, beyond working memory": max(0, _loss_bytes(sizes, load, wide, device) - working),
+        "token ids, embeddings and their gradient": 8 * load.all_tokens + 3 * load.texts * sizes.config.dim * wide,
+        "communication buffers": several * wide * (block + 2 * load.candidates * sizes.config.dim),
+    }
 
 
 def as_table(lines: dict[str, int]) -> str:
@@ -191,13 +243,14 @@ class _Tokens:
         self.c, self.lora, self.pooling, self.widest = sizes.config, sizes.lora, sizes.pooling, sizes.widest
         self.e, self.wide = dtype.itemsize, max(4, dtype.itemsize)
         self.plain = {op: op.face(device) == "reference" for op in (attention, dropout, fp8, rms_norm, swiglu)}
-        self.spare = spare_of(sizes, dtype, device)
+        self.plain[rms_norm] |= sizes.full and device.type == "cpu"  # whose compiled op knows no gradient of the weight
+        self.spare, self.full = spare_of(sizes, dtype, device), sizes.full
         self.q, self.kv = self.c.n_heads * self.c.head_dim, self.c.n_kv_heads * self.c.head_dim
 
     def kept(self, policy: Policy, n_tokens: int) -> int:
         """Return what n_tokens keep until their backward pass begins."""
         c, x = self.c, self.c.dim * self.e
-        first = self._norm(c.dim)  # the first block's attention_norm has no gradient
+        first = 0 if self.full else self._norm(c.dim)  # the first block's attention_norm has no gradient
         n_layers = c.n_layers if self.pooling != "last" else max(1, c.n_layers - 1)  # the last block's is free
         halves = {
             "none": n_layers * (self.attention() + self.feed()) - first,
@@ -212,7 +265,8 @@ class _Tokens:
         c, x = self.c, self.c.dim * self.e
         in_flight = x + (x if c.post_norms else 0)
         adapted, f = "w_down" in self.lora.targets, c.hidden_dim
-        in_flight += (2 if adapted else 3) * f * self.e  # of gate, up and their product, less the freed product
+        late = not adapted or self.full  # a plain linear frees its input when all is done
+        in_flight += (3 if late else 2) * f * self.e  # of gate, up and their product, less the freed product
         if adapted and self.lora.dropout:
             drawn = f * self.e
             if self.plain[dropout]:  # bits, mask, the product in wide, what is chosen from it

@@ -32,7 +32,7 @@ from e5core.checkpoint import Card, check_files, write_json
 from e5core.distributed import log, log_error
 from e5core.lora import LoraConfig
 from e5core.text_encoder import Encoder
-from e5core.trained import adapter_folder, check_base, find_card, lora_of
+from e5core.trained import check_base, find_card, lora_of, trained_folder
 
 Method = Literal["linear", "slerp"]
 _PARALLEL = 1e-6  # sine of an angle below which slerp is linear
@@ -97,12 +97,14 @@ def _shares(models: Sequence[str], method: Method, weights: Sequence[float] | No
 
 
 def _read(model: str, base: str | None) -> Adapter:
-    folder = adapter_folder(Path(model))
+    folder = trained_folder(Path(model))
     if folder is None:
         raise ValueError(f"{model}: no run and no adapter folder; merged are adapters")
     check_files(folder)
     card = find_card(folder, base)
     lora = lora_of(card)
+    if lora is None:
+        raise ValueError(f"{folder}: all its weights were trained, and merged are adapters; it has none")
     tensors = {name: tensor.float() for name, tensor in adapter_tensors(folder)}
     scale = lora.alpha / lora.rank
     linears = sorted({name.rpartition(".")[0] for name in tensors})

@@ -6,7 +6,7 @@ first and every tensor goes to its place as it comes. `merged` adds an adapter o
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from e5core.backbone import Backbone, BackboneConfig
 from e5core.layouts import gguf_description, gguf_divisors, gguf_stored, hf_stored
-from e5core.weights import names_of, tensors_of
 
 SHARD_BYTES = 4 * 2**30  # of a safetensors file, its head not counted
 _SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -89,16 +88,16 @@ def write_hf_weights(
 
 def write_gguf(
     path: Path,
-    source: Path,
     config: BackboneConfig,
     tokenizer: Mapping[str, Any],
-    adapter: Mapping[str, Tensor],
-    scale: float,
+    names: Sequence[str],
+    tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
 ) -> None:
-    """Write the decoder of `source`, an adapter merged into it, as a .gguf file of an embedder.
+    """Write a decoder as a .gguf file of an embedder.
 
-    tokenizer: its metadata.  dtype: of the matrices; vectors are fp32.  Raises ValueError as gguf_description does.
+    tokenizer: its metadata.  names: ours of all tensors.  tensors: (name, fp32) in that order.  dtype: of the matrices;
+    vectors are fp32.  Raises ValueError as gguf_description does.
     """
     arch, described = gguf_description(config)
     writer, shapes, divisors = gguf.GGUFWriter(path, arch), shapes_of(config), gguf_divisors(config)
@@ -109,7 +108,6 @@ def write_gguf(
             writer.add_key_value(key, value, _value_type(value))
         if divisors is not None:
             writer.add_tensor_info(divisors[0], (len(divisors[1]),), np.dtype(np.float32), 4 * len(divisors[1]))
-        names = names_of(source, config)
         for name in names:
             kind, shape = _ggml_type(shapes[name], dtype), shapes[name]
             size = shape.numel() * dtype.itemsize if len(shape) > 1 else 4 * shape.numel()
@@ -120,7 +118,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         if divisors is not None:
             writer.write_tensor_data(np.array(divisors[1], dtype=np.float32))
-        for name, tensor in merged(tensors_of(source, config), adapter, scale):
+        for name, tensor in tensors:
             values = gguf_stored(name, tensor, config)[1].contiguous().numpy()
             writer.write_tensor_data(gguf.quantize(values, _ggml_type(tensor.shape, dtype)))
             del tensor, values

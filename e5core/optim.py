@@ -105,17 +105,6 @@ class AdamW:
         pairs = ((f"{name}.{which}", name, pair[i]) for name, pair in self.moments.items() for i, which in _MOMENTS)
         return {key: Slice(m.view(-1), *self._places.get(name, (0, tuple(m.shape)))) for key, name, m in pairs}
 
-    def part(self, rank: int, world_size: int) -> dict[str, Slice]:
-        """Return what a rank writes into a checkpoint: its own stretches, and its share of what all ranks hold."""
-        shares = {}
-        for key, whole in self.state().items():
-            if key.rpartition(".")[0] in self._places:
-                shares[key] = whole
-            else:
-                first, last = (len(whole.values) * r // world_size for r in (rank, rank + 1))
-                shares[key] = Slice(whole.values[first:last], first, whole.shape)
-        return shares
-
 
 def _grouped(parameters: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
     """Yield names of parameters to update at once: few launches on a GPU, and a denominator of bounded size."""

@@ -49,7 +49,7 @@ def plan(
     source = config.backbone
     if source.skipped is not None and not card.fp8_gain:
         raise ValueError(f'backbone.frozen_dtype = "fp8": {card.name} has no products in fp8; set it to "same"')
-    sizes = sizes_of(read_config(path, causal=source.causal), config.lora, source.pooling, source.skipped)
+    sizes = sizes_of(read_config(path, causal=source.causal), config.adapters, source.pooling, source.skipped)
     work = _workload(config, path, n_steps, assume_lengths)
     return make_plan(sizes, work, config.batch, strategy, ranks, card, dtype)
 

@@ -33,7 +33,7 @@ from e5core.sharding import ShardingConfig
 from e5core.sources import is_growing
 from e5core.testsets import EvalSet, read_sets
 from e5core.tokenizer import Tokenizer, TokenizerConfig
-from e5core.trained import adapter_folder, check_base, find_card
+from e5core.trained import check_base, find_card, trained_folder, weight_files
 from e5core.weights import read_config, resolve_model
 from e5core.workload import counted
 
@@ -51,6 +51,7 @@ class RunConfig:
     steps: Annotated[int, Field(ge=1)] | None = None  # this or epochs
     epochs: Annotated[float, Field(gt=0)] | None = None  # rounded up to whole steps
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    full: bool = False  # train all weights, kept in fp32 beside the model's dtype, and no adapters: [lora] is left out
     resume: bool = False  # go on from the newest checkpoint (from the start where there is none)
     overwrite: bool = False  # delete an earlier run in the folder
     save_every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only at the end
@@ -94,6 +95,15 @@ class Config:
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self) -> None:
+        if self.train.full and self.lora != LoraConfig():
+            raise ValueError("train.full = true trains all weights and no adapters; leave [lora] out, or full")
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """What is put on the model to be trained; None where all of its own weights are."""
+        return None if self.train.full else self.lora
 
 
 def check_ranks(config: Config, world: World) -> None:
@@ -159,9 +169,14 @@ def _check_init(lora: LoraConfig, init: str, base: Path) -> Card:
 
     Returns its card.
     """
-    folder = adapter_folder(existing(Path(init), "lora.init"))
+    folder = trained_folder(existing(Path(init), "lora.init"))
     if folder is None:
         raise ValueError(f"lora.init = {init!r} is no run and no adapter folder: it holds no adapter_config.json")
+    if weight_files(folder):
+        raise ValueError(
+            f"lora.init = {init!r}: all its weights were trained, so it holds no adapter; export it as a merged model "
+            "(python -m e5core.export) and give that as backbone.path"
+        )
     stored, _ = read_lora(folder)
     of_adapter = {"rank": stored.rank, "alpha": stored.alpha, "targets": sorted(stored.targets)}
     of_config = {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
@@ -247,7 +262,7 @@ def settle_batch(
     if config.backbone.skipped is not None:
         check_fp8(world.device, dtype)
     shape = read_config(model_path, causal=config.backbone.causal)
-    sizes = sizes_of(shape, config.lora, config.backbone.pooling, config.backbone.skipped)
+    sizes = sizes_of(shape, config.adapters, config.backbone.pooling, config.backbone.skipped)
     tokenizer = Tokenizer.load(model_path, config.tokenizer)
     work = counted(mixture, tokenizer, config.batch, total_steps(config, mixture))
     card, ranks = card_of(world.device), Ranks(world.world_size, world.local_size)

@@ -90,7 +90,8 @@ def head(run: RunFolder, mixture: Mixture | None) -> Markup:
     else:
         state = f"Finished: {done:,} steps."
     lora, what = config.lora, Path(config.backbone.path).name
-    told = f"{what} with LoRA of rank {lora.rank}, in batches of {config.batch.size:,} examples from "
+    trained = "all its weights trained" if config.train.full else f"LoRA of rank {lora.rank}"
+    told = f"{what} with {trained}, in batches of {config.batch.size:,} examples from "
     told += f"{len(config.data.sources)} {'source' if len(config.data.sources) == 1 else 'sources'}."
     return joined([
         tag("div", "e5core training run", css="kicker"), tag("h1", run.path.resolve().name),
@@ -151,9 +152,12 @@ def trained(run: RunFolder, mixture: Mixture | None, note: str) -> Markup:
     for line in ("model", "card", "setting"):
         if found := re.search(rf"^{line} +(.*)", run.plan, re.MULTILINE):
             told[{"model": "model", "card": "planned for", "setting": "micro-batches"}[line]] = found[1]
-    lora = config.lora
-    told["adapters"] = f"rank {lora.rank}, alpha {number(lora.alpha)}, dropout {number(lora.dropout)} on "
-    told["adapters"] += ", ".join(lora.targets)
+    lora = config.adapters
+    if lora is None:
+        told["trained"] = "all weights, kept in fp32"
+    else:
+        told["adapters"] = f"rank {lora.rank}, alpha {number(lora.alpha)}, dropout {number(lora.dropout)} on "
+        told["adapters"] += ", ".join(lora.targets)
     told["longest text"] = f"{config.batch.max_tokens:,} tokens in training, {config.eval.max_tokens:,} in evaluation"
     if steps:
         try:

@@ -25,9 +25,11 @@ from e5core import checkpoint
 from e5core.adapter import write_adapter
 from e5core.config import read_json
 from e5core.distributed import World, share
+from e5core.encoder import EmbeddingModel
 from e5core.lora import LoraConfig
 from e5core.optim import AdamW
 from e5core.sharding import Slice
+from e5core.stretches import write_stretches
 
 PARTS_LIMIT_S = 600.0  # from the beginning of a save until the last rank's part is there
 FAREWELL_S = 5.0  # the same, when the run ends by an error and the parts may still come
@@ -39,11 +41,11 @@ class _Snapshot:
     """A step's state in host memory; adapter and golden vectors are rank 0's."""
 
     step: int
-    slices: dict[str, Slice]
+    parts: dict[str, dict[str, Slice]]  # of each kind, what this rank writes
     adapter: dict[str, Tensor]
     golden: np.ndarray
     state: dict[str, Any]
-    lora: LoraConfig
+    lora: LoraConfig | None
     card: checkpoint.Card
 
 
@@ -61,8 +63,8 @@ class Saving:
     def begin(
         self,
         step: int,
-        masters: Mapping[str, Tensor],
-        lora: LoraConfig,
+        model: EmbeddingModel,
+        lora: LoraConfig | None,
         card: checkpoint.Card,
         golden: np.ndarray,
         optimizer: AdamW,
@@ -70,22 +72,24 @@ class Saving:
     ) -> None:
         """Copy the state to host memory and begin to write RUN/step_N, after the save before has ended.
 
-        step: nothing is done for one that is saved already.  masters: the model's.  state: what state.json holds beside
-        the number of updates.
+        step: nothing is done for one that is saved already.  lora: None where all weights are trained.  state: what
+        state.json holds beside the number of updates.
         Raises OSError as `check` does.
         """
         if step == self._step:
             return
         self.finish()
         world = self._world
-        part = optimizer.part(world.rank, world.world_size)
-        slices = {name: Slice(_on_host(s.values), s.start, s.shape) for name, s in part.items()}
+        same = world if model.shards is None else model.shards.replicas  # the ranks that hold what this one holds
+        held = {"optimizer": optimizer.state(), **({"weights": model.slices()} if model.full else {})}
+        parts = {kind: _shares_on_host(slices, same) for kind, slices in held.items()}
+        masters = {} if model.full else dict(model.masters())
         adapter = {name: _on_host(tensor) for name, tensor in masters.items()} if world.is_main else {}
         if world.device.type == "cuda":
             torch.cuda.current_stream(world.device).synchronize()  # the copies are done
         state = {**state, "n_updates": optimizer.n_updates}
         snapshot = _Snapshot(
-            step=step, slices=slices, adapter=adapter, golden=golden, state=state, lora=lora, card=card
+            step=step, parts=parts, adapter=adapter, golden=golden, state=state, lora=lora, card=card
         )
         self._step, self._deadline = step, time.monotonic() + PARTS_LIMIT_S
         part = self._thread.submit(self._write_part, snapshot)
@@ -140,13 +144,16 @@ class Saving:
         """Write this rank's files, and last the list of them."""
         folder, world = self._partial(), self._world
         folder.mkdir(exist_ok=True)
-        files = [checkpoint.write_part(folder, world.rank, world.world_size, snapshot.slices)]
+        suffix = f"{world.rank:05d}_of_{world.world_size:05d}.safetensors"
+        files = [write_stretches(folder / f"{kind}_{suffix}", slices) for kind, slices in snapshot.parts.items()]
         if world.is_main:
-            write_adapter(folder, snapshot.adapter, snapshot.lora, snapshot.card.base_path)
+            if snapshot.lora is not None:
+                write_adapter(folder, snapshot.adapter, snapshot.lora, snapshot.card.base_path)
+                files += [folder / name for name in checkpoint.ADAPTER_FILES]
             checkpoint.write_json(folder / "e5core.json", asdict(snapshot.card))
             np.save(folder / "golden.npy", snapshot.golden, allow_pickle=False)
             checkpoint.write_json(folder / "state.json", snapshot.state)
-            files += [folder / name for name in (*checkpoint.ENCODER_FILES, "state.json")]
+            files += [folder / name for name in (*checkpoint.CARD_FILES, "state.json")]
         checkpoint.write_json(folder / _LIST.format(world.rank), checkpoint.describe_files(files))
 
     def _make_whole(self, snapshot: _Snapshot, part: Future[None]) -> None:
@@ -171,6 +178,12 @@ class Saving:
             if time.monotonic() > self._deadline:
                 raise TimeoutError(f"the part of rank {rank} has not come to {path.parent}, a folder of all ranks")
             time.sleep(0.01)
+
+
+def _shares_on_host(slices: Mapping[str, Slice], same: World) -> dict[str, Slice]:
+    """Begin to copy what this rank writes of slices that all ranks of `same` hold."""
+    own = {name: part.share(same.rank, same.world_size) for name, part in slices.items()}
+    return {name: Slice(_on_host(part.values), part.start, part.shape) for name, part in own.items()}
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -70,6 +70,11 @@ class Slice:
         """Where it ends in the whole, laid flat."""
         return self.start + len(self.values)
 
+    def share(self, rank: int, n: int) -> "Slice":
+        """Return what the `rank`-th of n that hold the same stretch writes of it."""
+        first, last = (len(self.values) * r // n for r in (rank, rank + 1))
+        return Slice(self.values[first:last], self.start + first, self.shape)
+
 
 class _Flat:
     """Parameters of one dtype, all trainable or all frozen, laid one after another; this rank keeps a slice.
@@ -339,22 +344,27 @@ def settle_strategy(strategy: Strategy, root: nn.Module, world: World) -> tuple[
         return strategy, "as configured"
     if world.world_size == 1:
         return "none", "auto: one rank"
-    # a trained parameter has a gradient and two moments beside it
-    n_bytes = sum(p.nbytes * (4 if p.requires_grad else 1) for p in root.parameters())
+    # a trained parameter has a gradient and two moments beside it, all as wide as its master
+    wide = [(p, torch.promote_types(p.dtype, torch.float32).itemsize) for p in root.parameters()]
+    n_bytes = sum(p.numel() * 4 * size if p.requires_grad else p.nbytes for p, size in wide)
     memory = share(_memory(world), world)[0]
     chosen: Strategy = "none" if 3 * n_bytes <= memory else "full"
     return chosen, f"auto: weights, adapters and optimizer are {n_bytes / 2**30:.2f} GiB of {memory / 2**30:.1f} a rank"
 
 
-def shard(root: nn.Module, units: Sequence[nn.Module], strategy: Strategy, world: World) -> Shards | None:
-    """Shard a model by a strategy (see Shards).  Returns None for "none".
+def shard(
+    root: nn.Module, units: Sequence[nn.Module], strategy: Strategy, world: World, each_pass: bool = False
+) -> Shards | None:
+    """Shard a model by a strategy, `each_pass` as in Shards.  Returns None where "none" leaves it as it is.
 
+    Where all is trained, "none" is a slice that is the whole: weights in bf16 for two units, masters in fp32 for all.
     Raises ValueError for "hybrid" where nodes do not have the same number of ranks.
     """
-    if strategy == "none":
+    if strategy == "none" and not each_pass:
         return None
     alone = World(rank=0, world_size=1, device=world.device)
-    return Shards(root, units, *(nodes(world) if strategy == "hybrid" else (world, alone)))
+    parts = {"full": (world, alone), "none": (alone, world)}
+    return Shards(root, units, *(nodes(world) if strategy == "hybrid" else parts[strategy]), each_pass)
 
 
 def _memory(world: World) -> int:

@@ -59,13 +59,17 @@ def backward_step(
     are_finite = torch.isfinite(embeddings).all(dim=1)  # (n,)
     (gradient,) = torch.autograd.grad(result.loss, embeddings)
     *gradients, last = gradient.split([len(piece.rows) for piece in (*pieces, fullest)])
+    end_pass = shards.reduce_gradients if model.full else lambda: None  # else what is summed up is, once a step
     with preemption.phase():
         kept.backward(last)
         del kept
+        end_pass()
         for piece, part in between(zip(pieces, gradients, strict=True)):
             model(piece, dropout).backward(part)
+            end_pass()
         for _ in range(n_idle):
             shards.idle(backward=True)
+            end_pass()
     if not torch.isfinite(result.loss):  # read only now: a GPU would have nothing queued while the host looked
         broken = rows[are_finite.logical_not()].tolist()
         broken = [row for own in share(broken, world) for row in own]
@@ -73,7 +77,8 @@ def backward_step(
     if shards is None:
         sum_gradients(model.parameters(), world)
     else:
-        shards.reduce_gradients()
+        if not model.full:
+            shards.reduce_gradients()
         shards.release()
     return result
 

@@ -28,9 +28,10 @@ from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype, uni
 from e5core.metrics import TextProgress
 from e5core.rope_scaling import AS_TRAINED, LongContext
 from e5core.sharding import Strategy
+from e5core.stretches import Stretches
 from e5core.template import Template, check_task, document_text, evaluation_task, query_text, template_of
 from e5core.tokenizer import Tokenizer, TokenizerConfig
-from e5core.trained import DEFAULT_MAX_TOKENS, adapter_folder, check_base, find_card, lora_of
+from e5core.trained import DEFAULT_MAX_TOKENS, check_base, find_card, lora_of, trained_folder, weight_files
 from e5core.weights import resolve_model
 
 OPS = (
@@ -131,7 +132,7 @@ class Encoder:
         context: positions for longer texts than the model was trained on (rope_scaling.py).
         Raises FileNotFoundError or ValueError that says what is missing or does not fit.
         """
-        folder = adapter_folder(Path(model))
+        folder = trained_folder(Path(model))
         world = alone() if world is None else world
         device = world.device
         if folder is None:
@@ -150,11 +151,13 @@ class Encoder:
         chosen, _ = settle_dtype(cast(Dtype, card.dtype) if dtype == "auto" else dtype, world)
         length = card.max_tokens if max_tokens is None else max_tokens
         held = {"strategy": strategy, "world": world, "context": context}
-        form = {"causal": card.causal, "pooling": card.pooling}
+        form = {"causal": card.causal, "pooling": card.pooling, "lora": lora_of(card), "seed": 0}
         if card.frozen_dtype == "fp8" and dtype == "auto":
             form["fp8_skip"] = card.fp8_skip
-        built = build_model(path, chosen, device, lora=lora_of(card), seed=0, **form, **held)
-        read_adapter(folder, built.backbone, built.put)
+        weights = Stretches(weight_files(folder)).whole() if card.lora is None else None
+        built = build_model(path, chosen, device, tensors=weights, **form, **held)
+        if card.lora is not None:
+            read_adapter(folder, built.backbone, built.put)
         encoder = cls(built, tokenizer, device, length, world, dimensions, template_of(card.template))
         is_whole = "fp8_skip" in form or card.frozen_dtype == "same"
         if (folder / "golden.npy").is_file() and dimensions is None and context == AS_TRAINED and is_whole:

@@ -48,7 +48,7 @@ from e5core.template import SHAPES
 from e5core.testsets import EvalSet
 from e5core.text_encoder import Encoder, ShownEncoder, describe_device
 from e5core.tokenizer import Tokenizer
-from e5core.trained import adapter_folder
+from e5core.trained import trained_folder
 from e5core.weights import fingerprint
 
 
@@ -87,9 +87,10 @@ def _run(
     held = {"recompute": config.batch.recompute, "strategy": planned.chosen.setting.strategy, "world": world}
     source = config.backbone
     form = {"causal": source.causal, "pooling": source.pooling, "fp8_skip": source.skipped}
-    model = build_model(model_path, dtype, device, lora=config.lora, seed=config.train.seed, **form, **held)
+    trained = {"lora": config.adapters, "full": config.train.full}
+    model = build_model(model_path, dtype, device, seed=config.train.seed, **trained, **form, **held)
     if config.lora.init is not None:
-        read_adapter(adapter_folder(Path(config.lora.init)), model.backbone, model.put)
+        read_adapter(trained_folder(Path(config.lora.init)), model.backbone, model.put)
     tokenizer, template = Tokenizer.load(model_path, config.tokenizer), config.batch.template
     encoder = Encoder(model, tokenizer, device, config.eval.max_tokens, world, template=template)
     resume_step = share(make_folder(run, config) if world.is_main else None, world)[0]
@@ -102,7 +103,7 @@ def _run(
     if best is not None:
         folder = checkpoint.step_folder(run, best["step"])
         checkpoint.check_files(folder)
-        read_adapter(folder, model.backbone, model.put)
+        checkpoint.read_trained(folder, model)
         log(f"best checkpoint: step {best['step']} with {best['metric']} = {best['value']:.2f}")
     scores |= _report(run, "after", encoder, config.eval.report)
     if config.eval.report and world.is_main:
@@ -138,7 +139,7 @@ def _loop(
 
         def save() -> None:
             golden, state = encoder.golden_vectors(), {"step": done, **mixture.state(), "best": best}
-            saving.begin(done, dict(model.masters()), config.lora, card, golden, optimizer, state)
+            saving.begin(done, model, config.adapters, card, golden, optimizer, state)
 
         try:
             while done < n_steps:
@@ -329,7 +330,7 @@ def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card
         pooling=config.backbone.pooling,
         dtype=config.backbone.dtype,
         max_tokens=config.eval.max_tokens,
-        lora={key: value for key, value in asdict(config.lora).items() if key != "init"},
+        lora=None if config.train.full else {k: v for k, v in asdict(config.lora).items() if k != "init"},
         tokenizer=asdict(config.tokenizer),
         tokenizer_contract=dict(encoder.tokenizer.contract()),
         template=SHAPES[config.batch.template],

@@ -1,4 +1,4 @@
-"""What a path to something trained means: its adapter, the card of that, and the base model under it.
+"""What a path to something trained means: its adapter or weights, the card of that, and the base model under it.
 
 An adapter that others made, with PEFT, has no e5core.json: it is taken as one of the paper's, by the card that
 find_card makes up for it.
@@ -18,13 +18,13 @@ from e5core.weights import fingerprint, read_config, resolve_model
 DEFAULT_MAX_TOKENS = 512  # paper, appendix A
 
 
-def adapter_folder(path: Path) -> Path | None:
-    """Return the folder of the adapter that `path` means; None where it means a model without one.
+def trained_folder(path: Path) -> Path | None:
+    """Return the folder of the adapter, or of the trained weights, that `path` means; None where it means a model.
 
     A run stands for its best checkpoint where training kept one, else for its newest; a folder without a config.json
     for the adapter in its lora/. Raises FileNotFoundError for a run without a checkpoint.
     """
-    if (path / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file() or (path / "e5core.json").is_file():
         return path
     if (path / "lora" / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         return path / "lora"
@@ -50,17 +50,28 @@ def find_card(folder: Path, base: str | None = None) -> Card:
 
 def identity(model: str, base: str | None = None) -> str:
     """Hash the weights that a path means, and an adapter's (sha256, hex).  Raises as find_card does."""
-    folder = adapter_folder(Path(model))
+    folder = trained_folder(Path(model))
     if folder is None:
         return fingerprint(resolve_model(model))
-    with open(folder / "adapter_model.safetensors", "rb") as file:
-        adapter = hashlib.file_digest(file, "sha256").hexdigest()
-    return f"{find_card(folder, base).base_sha256}+{adapter}"
+    return f"{find_card(folder, base).base_sha256}+{_digest(folder)}"
 
 
-def lora_of(card: Card) -> LoraConfig:
-    """Return the [lora] table of a card."""
-    return LoraConfig(**{**card.lora, "targets": tuple(card.lora["targets"])})
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in weight_files(folder) or [folder / "adapter_model.safetensors"]:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of all weights in the folder of a model that was trained whole; [] beside an adapter."""
+    return sorted(folder.glob("weights_*.safetensors"))
+
+
+def lora_of(card: Card) -> LoraConfig | None:
+    """Return the [lora] table of a card; None where all weights were trained."""
+    return None if card.lora is None else LoraConfig(**{**card.lora, "targets": tuple(card.lora["targets"])})
 
 
 def check_base(folder: Path, card: Card) -> Path:
@@ -88,10 +99,10 @@ def home_of(path: str) -> Path | None:
 
 def revision_of(path: str) -> str:
     """Name the weights that `path` means, so that others have another name: step_140-7f3a0c5d9b21."""
-    folder = adapter_folder(Path(path))
+    folder = trained_folder(Path(path))
     if folder is None:
         return fingerprint(resolve_model(path))[:12]
-    return f"{folder.name}-{fingerprint(folder / 'adapter_model.safetensors')[:12]}"
+    return f"{folder.name}-{_digest(folder)[:12]}"
 
 
 def _others_card(folder: Path, base: str | None) -> Card:

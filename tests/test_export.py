@@ -33,7 +33,7 @@ from e5core.model_files import write_gguf as export_gguf
 from e5core.tokenizer import Tokenizer
 from e5core.tokenizer_files import gguf_tokenizer, write_hf_tokenizer
 from e5core.train import main as train_main
-from e5core.weights import read_config, tensors_of
+from e5core.weights import names_of, read_config, tensors_of
 
 PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = ["mistral-window", "llama3", "qwen2", "qwen3-window", "gemma3-linear"]
@@ -116,7 +116,8 @@ def test_a_gguf_base_is_the_same_model_as_a_hugging_face_folder(variant: str, tm
 def test_a_gguf_file_holds_what_was_written(variant: str, tmp_path: Path) -> None:
     save_peer(variant, tmp_path)
     config, file = read_config(tmp_path), tmp_path / "out.gguf"
-    export_gguf(file, tmp_path, config, {}, {}, 1.0, torch.float32)
+    tensors = merged(tensors_of(tmp_path, config), {}, 1.0)
+    export_gguf(file, config, {}, names_of(tmp_path, config), tensors, torch.float32)
     read, original = dict(tensors_of(file, read_config(file))), dict(tensors_of(tmp_path, config))
     assert read.keys() == original.keys() and all(torch.equal(read[name], original[name]) for name in read)
     assert np.allclose(read_config(file).rope_divisors or 0, config.rope_divisors or 0, rtol=1e-6)

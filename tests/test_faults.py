@@ -29,10 +29,12 @@ from e5core.optim import AdamW, OptimConfig
 from e5core.preemption import Preempted, Preemption
 from e5core.sharding import Slice
 from e5core.step import backward_step
+from e5core.stretches import write_stretches
 from e5core.train import main
 
 STEPS, SIZE, N_RECORDS = 16, 4, 20  # the epochs end within steps 5, 10 and 15
-CHECKPOINT = {"manifest.json", "state.json", "optimizer_00000_of_00001.safetensors", *checkpoint.ENCODER_FILES}
+READ_TO_ENCODE = {*checkpoint.ADAPTER_FILES, *checkpoint.CARD_FILES}
+CHECKPOINT = {"manifest.json", "state.json", "optimizer_00000_of_00001.safetensors", *READ_TO_ENCODE}
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +236,7 @@ def test_every_damaged_file_is_named_and_the_checkpoint_before_offered(
             assert f"delete this folder (rm -r {folder}) and go on from step_2 with train.resume=true" in said
         else:
             assert f"{folder}: no manifest.json" in said
-        if name in checkpoint.ENCODER_FILES and damage is not Path.unlink:
+        if name in READ_TO_ENCODE and damage is not Path.unlink:
             with pytest.raises(ValueError, match=name):
                 Encoder.load(str(folder))
         (folder / name).write_bytes(kept)
@@ -297,14 +299,16 @@ def test_what_any_number_of_ranks_wrote_any_other_reads(n_writers: int, sharded:
         writer = optimizer(rank, n_writers, sharded)
         for name, held in writer.state().items():
             held.values.copy_(wanted[name][held.start : held.stop])
-        checkpoint.write_part(tmp_path, rank, n_writers, writer.part(rank, n_writers))
+        state = writer.state()
+        own = state if sharded else {name: part.share(rank, n_writers) for name, part in state.items()}
+        write_stretches(tmp_path / f"optimizer_{rank}.safetensors", own)
     for world_size in (1, 2, 4):
         for to_stretches in (False, True):
             for rank in range(world_size):
                 reader = optimizer(rank, world_size, to_stretches).state()
-                checkpoint.read_parts(tmp_path, reader)
+                checkpoint.read_parts(tmp_path, "optimizer", reader)
                 assert all(held.values.equal(wanted[name][held.start : held.stop]) for name, held in reader.items())
     for changed in ({"a": (4, 3)}, {"a": (3, 4)}, {**shapes, "d": (2,)}):
         with pytest.raises(ValueError, match="of another model or of other LoRA targets"):
             other = {name: nn.Parameter(torch.zeros(shape)) for name, shape in changed.items()}
-            checkpoint.read_parts(tmp_path, AdamW(other, config).state())
+            checkpoint.read_parts(tmp_path, "optimizer", AdamW(other, config).state())

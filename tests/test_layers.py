@@ -49,6 +49,7 @@ FLOORS = (
             "recompute",
             "rope_scaling",
             "sharding",
+            "stretches",
             "weights",
             "mixture",
             "metrics",

@@ -7,7 +7,8 @@
                                                              tokenization contract, template, dtype, length
     step_N/golden.npy                                        embeddings of GOLDEN_TEXTS by this checkpoint
     step_N/optimizer_R_of_W.safetensors                      rank R's part of the moments
-    step_N/state.json                                        to go on: step, updates, mixture's state, best so far
+    step_N/state.json                                        to go on: step, updates, mixture's state, best so far, and
+                                                             the step's metrics where SIGTERM cut its evaluation off
     step_N/manifest.json                                     size and sha256 of all these, and its own
     best.json                                                {"step", "metric", "value"}
 
@@ -172,10 +173,11 @@ def step_folder(run: Path, step: int) -> Path:
 
 def restore(
     folder: Path, model: EmbeddingModel, optimizer: AdamW, data_digest: str, card: Card
-) -> dict[str, Any] | None:
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Fill model and optimizer from a step folder that check_newest passed.
 
-    Returns the record of the best checkpoint as of then; None where there was none, or it is gone.
+    Returns the record of the best checkpoint as of then, None where there was none, or it is gone; and the step's line
+    for metrics.jsonl where its evaluation was cut off, which is still to come.
     Raises ValueError where the folder is of another base model, LoRA, tokenizer or other data.
     """
     state, stored, own = read_json(folder / "state.json"), read_card(folder), json.loads(json.dumps(asdict(card)))
@@ -192,7 +194,8 @@ def restore(
     read_parts(folder, _OPTIMIZER, optimizer.state())
     optimizer.n_updates = state["n_updates"]
     best = state["best"]
-    return None if best is None or best["step"] not in steps_of(folder.parent) else best
+    is_there = best is not None and best["step"] in steps_of(folder.parent)
+    return best if is_there else None, state.get("unevaluated")
 
 
 def read_trained(folder: Path, model: EmbeddingModel) -> None:

@@ -7,7 +7,10 @@ is wanted. Unknown keys are refused at every depth. All faults of a file are rep
     optim.lr: input should be greater than 0; got -1.0
     data.sources[1].pth: unknown key, got "x.jsonl"; nearest: path; known keys: path, weight
 
-Order of precedence: the dataclass's defaults, the file, the overrides from left to right. The environment is not read.
+A file may begin with `extends = "OTHER.toml"`, a path from its own folder: its tables then change single keys of that
+file's; a list, such as [[data.sources]], takes the other's place whole. A fault names the file that holds its key.
+Order of precedence: the dataclass's defaults, the file that is extended, the file, the overrides from left to right. The
+environment is not read.
 """
 
 import dataclasses
@@ -43,7 +46,10 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     Infinite numbers and NaN are refused everywhere: they would pass most ranges, and end in a loss that is NaN.
     Returns a cls.  Raises ConfigError with every fault found.
     """
-    table = _read_toml(path)
+    layers = _read_layers(path)
+    table: dict[str, Any] = {}
+    for _, layer in reversed(layers):
+        table = _merged(table, layer)
     faults = [fault for override in overrides if (fault := _apply_override(table, override))]
     config = None
     try:
@@ -56,6 +62,7 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     named = {fault.partition(": ")[0] for fault in faults}
     faults += [f"{dotted}: {cause}" for dotted, cause in _not_finite(table, ()) if dotted not in named]
     if faults or config is None:
+        faults = [_with_origin(fault, layers) for fault in faults]
         raise ConfigError("\n  ".join([f"{path}: {len(faults)} fault{'s' * (len(faults) != 1)}", *faults]))
     return config
 
@@ -147,6 +154,40 @@ def _read_toml(path: Path) -> dict[str, Any]:
         lines = text.split("\n")
         end = f"at line {len(lines)}, column {len(lines[-1]) + 1}, the end of the document"
         raise ConfigError(f"{path}: not TOML: {str(error).replace('at end of document', end)}") from error
+
+
+def _read_layers(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a file, and after it those that it extends, with their paths."""
+    layers: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        if path.resolve() in (read.resolve() for read, _ in layers):
+            raise ConfigError(f"{layers[-1][0]}: extends leads back to {path}; a file cannot extend itself")
+        table = _read_toml(path)
+        named = table.pop("extends", None)
+        layers.append((path, table))
+        if named is None:
+            return layers
+        if not isinstance(named, str):
+            raise ConfigError(f'{path}: extends must name one file, as in "e5_mistral_7b.toml"; got {_show(named)}')
+        path = existing(path.parent / named, f"{path}: extends")
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
+
+
+def _with_origin(fault: str, layers: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    """Add to a fault the file that holds its key, where that is not the first."""
+    keys = re.findall(r"[^.\[\]]+", fault.partition(": ")[0])
+    for path, table in layers:
+        value: Any = table
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else value
+        if value is not None:
+            return fault if path == layers[0][0] else f"{fault} (in {path})"
+    return fault
 
 
 def _apply_override(table: dict[str, Any], override: str) -> str | None:

@@ -4,6 +4,7 @@ The signal may reach one rank only, or each at another moment, while others are 
 rank leaves by itself. A step has phases with no collective inside, in which ranks may have other numbers of
 micro-batches. A rank that was asked cuts its phase short at the next micro-batch; at a phase's end every rank tells
 whether it was asked, as often as every other rank; and where one was, all leave there, before the next collective.
+Ranks that hold a model in shards meet in every block: they tell one another before each micro-batch.
 """
 
 import signal
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-from e5core.distributed import ALONE, World, share
+from e5core.distributed import ALONE, World, largest, share
 
 T = TypeVar("T")
 
@@ -45,6 +46,16 @@ class Preemption:
         """Yield the micro-batches of a phase until this rank is asked to leave.  Raises Preempted."""
         for micro_batch in micro_batches:
             if self.asked:
+                raise Preempted
+            yield micro_batch
+
+    def together(self, micro_batches: Iterable[T]) -> Iterator[T]:
+        """Yield micro-batches in which all ranks meet, as many on each, until one is asked to leave.  Raises Preempted.
+
+        Asking costs an all-reduce of one number, for which the host waits.
+        """
+        for micro_batch in micro_batches:
+            if largest(int(self.asked), self.world):
                 raise Preempted
             yield micro_batch
 

@@ -72,11 +72,13 @@ class Saving:
     ) -> None:
         """Copy the state to host memory and begin to write RUN/step_N, after the save before has ended.
 
-        step: nothing is done for one that is saved already.  lora: None where all weights are trained.  state: what
-        state.json holds beside the number of updates.
+        step: of one that is saved already only the record of the best is written.  lora: None where all weights are
+        trained.  state: what state.json holds beside the number of updates.
         Raises OSError as `check` does.
         """
         if step == self._step:
+            if self._world.is_main and state["best"] is not None:
+                checkpoint.write_json(self._run / "best.json", state["best"])
             return
         self.finish()
         world = self._world

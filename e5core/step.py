@@ -44,14 +44,17 @@ def backward_step(
     device = model.backbone.norm.weight.device
     packed = [piece.to(device) for piece in packed or pack(batch.sequences, budget, device, numbers=batch.rows)]
     shards = model.shards
-    n_idle = 0 if shards is None else largest(len(packed), world) - len(packed)  # empty micro-batches
-    between = preemption.between if shards is None else iter  # others gather with this rank: it must not leave halfway
+    idle = [] if shards is None else [None] * (largest(len(packed), world) - len(packed))  # empty micro-batches
+    until_asked = preemption.between if shards is None else preemption.together
     *pieces, fullest = sorted(packed, key=lambda piece: len(piece.tokens))
     with preemption.phase():
+        parts = []
         with torch.no_grad():
-            parts = [model(piece, dropout) for piece in between(pieces)]
-        for _ in range(n_idle):
-            shards.idle(backward=False)
+            for piece in until_asked([*pieces, *idle]):
+                if piece is None:
+                    shards.idle(backward=False)
+                else:
+                    parts.append(model(piece, dropout))
         kept = model(fullest, dropout)
     rows = torch.cat([piece.rows for piece in (*pieces, fullest)])
     embeddings = torch.cat([*parts, kept.detach()]).requires_grad_()  # (n, D) of this rank, as packed
@@ -64,11 +67,11 @@ def backward_step(
         kept.backward(last)
         del kept
         end_pass()
-        for piece, part in between(zip(pieces, gradients, strict=True)):
-            model(piece, dropout).backward(part)
-            end_pass()
-        for _ in range(n_idle):
-            shards.idle(backward=True)
+        for piece, part in until_asked([*zip(pieces, gradients, strict=True), *((None, None) for _ in idle)]):
+            if piece is None:
+                shards.idle(backward=True)
+            else:
+                model(piece, dropout).backward(part)
             end_pass()
     if not torch.isfinite(result.loss):  # read only now: a GPU would have nothing queued while the host looked
         broken = rows[are_finite.logical_not()].tolist()

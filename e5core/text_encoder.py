@@ -26,6 +26,7 @@ from e5core.checkpoint import check_files
 from e5core.distributed import ALONE, World, alone, gather_rows, largest, sum_over_ranks
 from e5core.encoder import Dtype, EmbeddingModel, build_model, settle_dtype, unit_prefix
 from e5core.metrics import TextProgress
+from e5core.preemption import NEVER
 from e5core.rope_scaling import AS_TRAINED, LongContext
 from e5core.sharding import Strategy
 from e5core.stretches import Stretches
@@ -100,6 +101,7 @@ class Encoder:
         # Elsewhere attention goes text by text, and keys that are not the queries' own would cost a mask for each.
         self.share_prefix = config.shares_beginnings and model.pooling == "last" and device.type == "cpu"
         self.n_truncated = 0  # texts cut to max_tokens so far
+        self.preemption = NEVER  # by which training leaves an evaluation
         self.golden: np.ndarray | None = None  # vectors of GOLDEN_TEXTS stored with the model
         self.golden_tolerance = 0.0  # what a cosine to them may lack of 1
 
@@ -185,7 +187,8 @@ class Encoder:
         progress: told of every micro-batch's texts and their tokens, a shared prefix in each (other ranks' when their
         vectors come); None shows nothing.
         Returns (n, dim) float32 in the order of the texts, unit rows unless `normalize` is false.
-        Raises FloatingPointError where an embedding is not finite, ValueError for a task that its template has not.
+        Raises FloatingPointError where an embedding is not finite, ValueError for a task that its template has not,
+        Preempted where `preemption` says to leave.
         """
         check_task(task, self.template)
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
@@ -212,14 +215,17 @@ class Encoder:
             progress.expect(len(formatted), n_tokens)
         vectors = torch.empty(len(own), self.dim, device=self.device)
         packed, shards = pack(sequences, self.batch_tokens, self.device, self.share_prefix), self.model.shards
-        n_idle = 0 if shards is None else largest(len(packed), self.world) - len(packed)  # empty micro-batches
-        for batch in packed:
-            found = self.model(batch, normalize=normalize)
-            vectors[batch.rows] = (unit_prefix(found, self.dim) if normalize else found[:, : self.dim]).float()
-            if progress is not None:
-                progress.advance(len(batch.rows), sum(lengths[row] for row in batch.rows.tolist()))
-        for _ in range(n_idle):
-            shards.idle(backward=False)
+        idle = [] if shards is None else [None] * (largest(len(packed), self.world) - len(packed))
+        until_asked = self.preemption.between if shards is None else self.preemption.together
+        with self.preemption.phase():
+            for batch in until_asked([*packed, *idle]):
+                if batch is None:
+                    shards.idle(backward=False)
+                    continue
+                found = self.model(batch, normalize=normalize)
+                vectors[batch.rows] = (unit_prefix(found, self.dim) if normalize else found[:, : self.dim]).float()
+                if progress is not None:
+                    progress.advance(len(batch.rows), sum(lengths[row] for row in batch.rows.tolist()))
         if shards is not None:
             shards.release()
         vectors = gather_rows(vectors, shares, self.world)

@@ -28,7 +28,7 @@ from e5core.memory import as_table, is_out_of_memory, measured_peak
 from e5core.metrics import MetricsFile, Progress
 from e5core.mixture import Mixture, load_mixture
 from e5core.optim import AdamW, learning_rate
-from e5core.preemption import Preempted, Preemption
+from e5core.preemption import NEVER, Preempted, Preemption
 from e5core.prefetch import Batches, Recipe
 from e5core.run import (
     PREEMPTED,
@@ -126,38 +126,46 @@ def _loop(
     optimizer = make_optimizer(model, config.optim)
     preemption = Preemption(world)
     card, best, done = _card(config, model_path, encoder), None, resume_step or 0
+    logged: dict[str, Any] | None = None  # of a step that is done but for its evaluation
     if resume_step is not None:
-        best = checkpoint.restore(checkpoint.step_folder(run, resume_step), model, optimizer, mixture.digest, card)
+        folder = checkpoint.step_folder(run, resume_step)
+        best, logged = checkpoint.restore(folder, model, optimizer, mixture.digest, card)
         log(f"resumed after step {resume_step}")
     recipe = Recipe(model_path, config.tokenizer, config.batch, config.train.seed, world)
     with (
         preemption.listening(),
         Saving(run, config.train.keep, world, done) as saving,
         Batches(mixture, encoder.tokenizer, recipe, range(done, n_steps), config.data.workers) as batches,
-        _journal(config, run, n_steps, resume_step, world) as tell,
+        _journal(config, run, n_steps, done - 1 if logged else resume_step, world) as tell,
     ):
 
         def save() -> None:
-            golden, state = encoder.golden_vectors(), {"step": done, **mixture.state(), "best": best}
+            golden = encoder.golden_vectors()
+            state = {"step": done, **mixture.state(), "best": best, "unevaluated": logged}
             saving.begin(done, model, config.adapters, card, golden, optimizer, state)
 
+        encoder.preemption = preemption
         try:
-            while done < n_steps:
+            while done < n_steps or logged is not None:
                 saving.check()
-                logged = _train_step(config, encoder, batches, optimizer, done, n_steps, preemption)
-                if done == (resume_step or 0) and world.is_main:
-                    _show_peak(run, planned, encoder.device)
-                done += 1
+                if logged is None:
+                    logged = _train_step(config, encoder, batches, optimizer, done, n_steps, preemption)
+                    if done == (resume_step or 0) and world.is_main:
+                        _show_peak(run, planned, encoder.device)
+                    done += 1
                 if config.eval.every and (done % config.eval.every == 0 or done == n_steps):
                     logged["eval"] = share(evaluate(encoder, _told(encoder, config.eval.sets)), world)[0]
                     best = _better(best, done, config.eval.metric, logged["eval"])
                 tell(logged)
+                logged = None
                 is_best, due = best is not None and best["step"] == done, config.train.save_every
                 if is_best or done == n_steps or (due and done % due == 0):
                     save()
             with preemption.phase():
                 saving.finish()
+            encoder.preemption = NEVER
         except Preempted:
+            encoder.preemption = NEVER
             save()
             saving.finish()
             _leave(run, done, world)

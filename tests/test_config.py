@@ -255,3 +255,49 @@ def test_config_that_toml_cannot_hold_is_refused_and_the_old_file_stays(tmp_path
     with pytest.raises(ConfigError, match="data cannot be kept in TOML"):
         write_config(Config(data=Data(limit=None)), tmp_path / "out.toml")
     assert (tmp_path / "out.toml").read_bytes() == before
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    x: int
+    y: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Named:
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layered:
+    a: Pair
+    b: tuple[Named, ...] = ()
+
+
+def test_a_file_changes_single_keys_of_another_and_replaces_its_lists(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('[a]\nx = 1\ny = 2\n[[b]]\nname = "p"\n[[b]]\nname = "q"\n')
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "top.toml").write_text('extends = "../base.toml"\n[a]\ny = 3\n[[b]]\nname = "r"\n')
+    loaded = load_config(Layered, tmp_path / "sub" / "top.toml", ["a.x=5"])
+    assert loaded == Layered(a=Pair(x=5, y=3), b=(Named(name="r"),))
+    write_config(loaded, tmp_path / "whole.toml")
+    assert "extends" not in (tmp_path / "whole.toml").read_text()
+    (tmp_path / "base.toml").write_text('extends = "sub/top.toml"\n[a]\nz = 1\n')
+    with pytest.raises(ConfigError, match=r"base\.toml: extends leads back to .*top\.toml; a file cannot extend itself"):
+        load_config(Layered, tmp_path / "sub" / "top.toml")
+
+
+def test_a_fault_names_the_file_that_holds_its_key(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('[a]\nx = "one"\ny = 2\n')
+    (tmp_path / "top.toml").write_text('extends = "base.toml"\n[a]\nz = 3\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(Layered, tmp_path / "top.toml")
+    lines = str(caught.value).splitlines()
+    assert any("a.x: " in line and line.endswith(f"(in {tmp_path / 'base.toml'})") for line in lines)
+    assert any("a.z: unknown key" in line and not line.endswith(")") for line in lines)
+    (tmp_path / "top.toml").write_text('extends = "bass.toml"\n')
+    with pytest.raises(ConfigError, match=r"top\.toml: extends: no such file .* nearest in that folder: base\.toml"):
+        load_config(Layered, tmp_path / "top.toml")
+    (tmp_path / "top.toml").write_text("extends = 3\n")
+    with pytest.raises(ConfigError, match="extends must name one file"):
+        load_config(Layered, tmp_path / "top.toml")

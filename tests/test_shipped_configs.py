@@ -10,11 +10,13 @@ import torch
 from models import SIZES, VARIANTS, randomised, save_embedder
 from safetensors.torch import load_file
 from scoring import ROOT
+from test_plan import MISTRAL
 
 from e5core.checkpoint import step_folder
 from e5core.config import load_config
 from e5core.encode import Encoder
 from e5core.mixture import load_mixture
+from e5core.plan import main as plan
 from e5core.run import Config
 from e5core.synth.__main__ import main as synth
 from e5core.synth.settings import SynthConfig
@@ -22,8 +24,9 @@ from e5core.testsets import read_sets
 from e5core.train import main, total_steps
 
 SYNTH = sorted((ROOT / "configs").glob("synth*.toml"))
-FETCHED = sorted(set((ROOT / "configs").glob("e5_mistral_*.toml")) - {ROOT / "configs/e5_mistral_7b.toml"})
-CONFIGS = sorted(set((ROOT / "configs").glob("*.toml")) - set(SYNTH) - set(FETCHED))  # their data ships
+CARDS = sorted((ROOT / "configs").glob("e5_mistral_7b_*.toml"))  # e5_mistral_7b on other cards
+FETCHED = sorted(set((ROOT / "configs").glob("e5_mistral_*.toml")) - {ROOT / "configs/e5_mistral_7b.toml", *CARDS})
+CONFIGS = sorted(set((ROOT / "configs").glob("*.toml")) - {*SYNTH, *FETCHED, *CARDS})  # their data ships
 FAMILIES = {  # of the backbone that a config names, as tests/models.py has it
     "e5_mistral_7b": "mistral-window",
     "gemma3_270m": "gemma3",
@@ -38,7 +41,7 @@ each_config = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.ste
 def test_every_config_has_a_family_and_a_line_in_the_readme() -> None:
     assert {file.stem for file in CONFIGS} == set(FAMILIES)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [file.name for file in (*CONFIGS, *FETCHED, *SYNTH) if f"configs/{file.name}" not in readme] == []
+    assert [file.name for file in (*CONFIGS, *CARDS, *FETCHED, *SYNTH) if f"configs/{file.name}" not in readme] == []
 
 
 @each_config
@@ -62,6 +65,27 @@ def test_a_config_s_head_says_how_to_run_it_and_where_its_weights_come_from(file
     if not path.startswith("package:"):  # those come with `make`
         [fetched, *_] = re.findall(rf"(?:--local-dir |assemble\('){re.escape(path)}\b", head)
         assert fetched and "Needs " in head and "Licence: " in head
+
+
+@pytest.mark.parametrize("file", CARDS, ids=lambda file: file.stem)
+def test_a_card_s_config_is_what_its_plan_says(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    head = file.read_text(encoding="utf-8").partition("\n\nextends")[0]
+    command = re.search(r"-m e5core\.plan (.*)", head)[1].split()
+    wanted = load_config(Config, file)
+    assert f"--nproc-per-node {command[command.index('--world-size') + 1] if '--world-size' in command else 1} " in head
+    for arguments in ([], ["batch.micro_batch_tokens=auto", "batch.recompute=auto"]):
+        assert plan([*command, f"backbone.path={tmp_path}", *arguments]) == 0
+        said = capfd.readouterr().out
+        peak = float(re.search(r"([\d,.]+)  with what the framework keeps", said)[1].replace(",", ""))
+        assert f"Needs {peak:,.0f} MiB of each card by plan" in head
+        setting = f"micro_batch_tokens = {wanted.batch.micro_batch_tokens}  recompute = {wanted.batch.recompute}"
+        assert setting in said
+    base = load_config(Config, ROOT / "configs/e5_mistral_7b.toml")
+    assert wanted.data == base.data and wanted.train.run == f"runs/{file.stem}"
 
 
 @pytest.mark.parametrize("file", SYNTH, ids=lambda file: file.stem)

@@ -9,8 +9,8 @@ is wanted. Unknown keys are refused at every depth. All faults of a file are rep
 
 A file may begin with `extends = "OTHER.toml"`, a path from its own folder: its tables then change single keys of that
 file's; a list, such as [[data.sources]], takes the other's place whole. A fault names the file that holds its key.
-Order of precedence: the dataclass's defaults, the file that is extended, the file, the overrides from left to right. The
-environment is not read.
+Order of precedence: the dataclass's defaults, the file that is extended, the file, the overrides from left to right.
+The environment is not read.
 """
 
 import dataclasses

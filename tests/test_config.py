@@ -283,7 +283,7 @@ def test_a_file_changes_single_keys_of_another_and_replaces_its_lists(tmp_path: 
     write_config(loaded, tmp_path / "whole.toml")
     assert "extends" not in (tmp_path / "whole.toml").read_text()
     (tmp_path / "base.toml").write_text('extends = "sub/top.toml"\n[a]\nz = 1\n')
-    with pytest.raises(ConfigError, match=r"base\.toml: extends leads back to .*top\.toml; a file cannot extend itself"):
+    with pytest.raises(ConfigError, match=r"base\.toml: extends leads back to .*top\.toml; a file cannot extend"):
         load_config(Layered, tmp_path / "sub" / "top.toml")
 
 

@@ -81,7 +81,8 @@ def test_a_card_s_config_is_what_its_plan_says(
         assert plan([*command, f"backbone.path={tmp_path}", *arguments]) == 0
         said = capfd.readouterr().out
         peak = float(re.search(r"([\d,.]+)  with what the framework keeps", said)[1].replace(",", ""))
-        assert f"Needs {peak:,.0f} MiB of each card by plan" in head
+        needed = float(re.search(r"Needs ([\d,]+) MiB of each card by plan", head)[1].replace(",", ""))
+        assert abs(needed - peak) <= 0.5
         setting = f"micro_batch_tokens = {wanted.batch.micro_batch_tokens}  recompute = {wanted.batch.recompute}"
         assert setting in said
     base = load_config(Config, ROOT / "configs/e5_mistral_7b.toml")

@@ -19,15 +19,15 @@ def interrupted(world: World, config_file: str, run: str, strategy: str) -> list
     """
     arguments = [f"train.run='{run}'", f'sharding.strategy="{strategy}"']
     n_evaluations, counts = 0, []
-    encode, forward, batch_tokens = Encoder.encode, EmbeddingModel.forward, 64
+    encode, forward = Encoder.encode, EmbeddingModel.forward
 
-    def counted(encoder: Encoder, texts: list[str], *more: object) -> object:
+    def counted(encoder: Encoder, texts: list[str], *more: object, **named: object) -> object:
         nonlocal n_evaluations
-        encoder.batch_tokens = batch_tokens
+        encoder.batch_tokens = 64
         if len(texts) > 1:  # golden texts come one by one
             n_evaluations += 1
             counts.append(0)
-        return encode(encoder, texts, *more)
+        return encode(encoder, texts, *more, **named)
 
     def asking(model: EmbeddingModel, batch: object, dropout: object = None, normalize: bool = True) -> object:
         if dropout is None and counts:

@@ -18,19 +18,20 @@ def interrupted(world: World, config_file: str, run: str, strategy: str) -> list
     Returns how many micro-batches that evaluation did, and where none is interrupted.
     """
     arguments = [f"train.run='{run}'", f'sharding.strategy="{strategy}"']
-    n_evaluations, counts = 0, []
+    n_evaluations, counts, is_golden = 0, [], [False]
     encode, forward = Encoder.encode, EmbeddingModel.forward
 
     def counted(encoder: Encoder, texts: list[str], *more: object, **named: object) -> object:
         nonlocal n_evaluations
         encoder.batch_tokens = 64
-        if len(texts) > 1:  # golden texts come one by one
+        is_golden[0] = len(texts) == 1  # they come one by one
+        if not is_golden[0]:
             n_evaluations += 1
             counts.append(0)
         return encode(encoder, texts, *more, **named)
 
     def asking(model: EmbeddingModel, batch: object, dropout: object = None, normalize: bool = True) -> object:
-        if dropout is None and counts:
+        if dropout is None and counts and not is_golden[0]:
             counts[-1] += 1
             if n_evaluations == 3 and counts[-1] == 2 and world.rank == world.world_size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -34,7 +34,9 @@ def test_an_evaluation_is_left_at_the_next_micro_batch_and_taken_up_again(
     run = config_file.parent / f"{world_size}-{strategy}"
     arguments = (str(config_file), str(run), strategy)
     counts = [interrupted(ALONE, *arguments)] if world_size == 1 else run_ranks(world_size, interrupted, *arguments)
-    assert all(own[2] <= 3 < own[0] // 2 for own in counts), counts
+    for own in counts:
+        assert own[2] < own[0] or strategy == "none", counts  # where ranks hold the whole, the others end their pass
+    assert counts[-1][2] == 2 < counts[-1][0] // 4, counts
     whole = config_file.parent / f"{world_size}-{strategy}-whole"
     held = [f"train.run='{whole}'", f'sharding.strategy="{strategy}"']
     if world_size == 1:

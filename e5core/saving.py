@@ -90,9 +90,7 @@ class Saving:
         if world.device.type == "cuda":
             torch.cuda.current_stream(world.device).synchronize()  # the copies are done
         state = {**state, "n_updates": optimizer.n_updates}
-        snapshot = _Snapshot(
-            step=step, parts=parts, adapter=adapter, golden=golden, state=state, lora=lora, card=card
-        )
+        snapshot = _Snapshot(step=step, parts=parts, adapter=adapter, golden=golden, state=state, lora=lora, card=card)
         self._step, self._deadline = step, time.monotonic() + PARTS_LIMIT_S
         part = self._thread.submit(self._write_part, snapshot)
         whole = [self._thread.submit(self._make_whole, snapshot, part)] if world.is_main else []

@@ -19,7 +19,7 @@ TO_COME = ("data/e5", "bench/results/DEVICE")  # what a reader fetches or makes
 KEY = re.compile(r"(?<![\w./\[-])([a-z]+)\.(?!py\b|jsonl?\b|html\b|model\b|toml\b)([a-z_]+)(?=[`= ])")
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 INTERNAL = {  # met by callers from Python that pass what e5core never does, or said in the middle of another message
-    *("e5core/backbone.py:forward", "e5core/encoder.py:forward", "e5core/evaluate.py:_embed"),
+    *("e5core/backbone.py:forward", "e5core/encoder.py:forward", "e5core/scores.py:_embed"),
     *("e5core/gguf_file.py:_aligned", "e5core/gguf_file.py:_named", "e5core/gguf_file.py:_read"),
     *("e5core/gguf_file.py:_read_array", "e5core/gguf_file.py:_read_value", "e5core/archives.py:readinto"),
     *("e5core/metrics.py:write", "e5core/metrics.py:step", "e5core/model_files.py:write_safetensors"),

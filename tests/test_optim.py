@@ -75,14 +75,16 @@ def test_shares_and_stretches_of_any_number_of_ranks_are_the_whole_state() -> No
     wanted = {name: part.values.clone() for name, part in whole.state().items()}
     assert set(wanted) == {"a.first", "a.second", "b.first", "b.second"}
     for world_size in (1, 2, 4, 9):  # 9 ranks: more than b's 7 values
-        parts = [whole.part(rank, world_size) for rank in range(world_size)]
+        parts = [
+            {name: piece.share(rank, world_size) for name, piece in whole.state().items()} for rank in range(world_size)
+        ]
         for name, values in wanted.items():
             assert torch.equal(torch.cat([part[name].values for part in parts]), values)
             assert all(part[name].values.equal(values[part[name].start : part[name].stop]) for part in parts)
             assert {part[name].shape for part in parts} == {(5, 3) if name.startswith("a") else (7,)}
 
 
-def test_stretches_update_as_the_whole_does_and_each_writes_its_own() -> None:
+def test_stretches_update_as_the_whole_does_and_each_has_its_own_state() -> None:
     ours, config = parameters(), OptimConfig()
     whole = AdamW(ours, config)
     cut = {"a": 4, "b": 0}  # the first rank holds 4 values of a and none of b
@@ -100,6 +102,6 @@ def test_stretches_update_as_the_whole_does_and_each_writes_its_own() -> None:
     for name, p in ours.items():
         assert torch.equal(torch.cat([half[name].values for half in halves]), p.flatten())
     for key, state in whole.state().items():
-        parts = [optimizer.part(rank, 2)[key] for rank, optimizer in enumerate(optimizers)]
+        parts = [optimizer.state()[key] for optimizer in optimizers]
         assert torch.equal(torch.cat([part.values for part in parts]), state.values)
         assert [part.start for part in parts] == [0, cut[key[0]]] and {part.shape for part in parts} == {state.shape}

@@ -100,7 +100,7 @@ def _cosines(config: Config, device: torch.device) -> dict[str, object]:
             model.zero_grad()
             backward_step(model, batch, config.loss, batch.n_tokens, (config.train.seed, 0), alone())
 
-        seconds[name] = median_seconds(step, device, 3)
+        seconds[name] = median_seconds(step, device, 3 if device.type == "cuda" else 1)
         gradients[name] = {part: p.grad.double() for part, p in model.trained().items() if p.grad.any()}
         with torch.no_grad():
             pieces = pack(batch.sequences, batch.n_tokens, device)

@@ -23,9 +23,9 @@ from e5core.mixture import load_mixture
 from e5core.run import Config, check_files
 from e5core.step import backward_step
 from e5core.tokenizer import Tokenizer
-from e5kernels.fp8 import quantise_rows, quantise_rows_reference, rms_norm_rows, rows_of, swiglu_rows
+from e5kernels.fp8 import add_rms_norm_rows, quantise_rows, quantise_rows_reference, rows_of, swiglu_rows
 from e5kernels.fp8_linear import quantise_weight, scaled_product, scaled_product_reference
-from e5kernels.rms_norm import rms_norm
+from e5kernels.rms_norm import add_rms_norm, rms_norm
 from e5kernels.swiglu import swiglu
 
 TOKENS, SHAPES = (8070, 8192), ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))  # (in, out)
@@ -75,7 +75,12 @@ def _rows(n_tokens: int, device: torch.device, runs: int) -> list[dict[str, obje
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "quantise": (lambda x=x: quantise_rows(x), 3 * n),
             "rms_norm": (lambda x=x, weight=weight: rms_norm(x, weight, 1e-5), 4 * n),
-            "rms_norm and quantise": (lambda x=x, weight=weight: rms_norm_rows(x, weight, 1e-5), 5 * n),
+            "rms_norm and quantise": (lambda x=x, weight=weight: add_rms_norm_rows(x, None, weight, 1e-5), 5 * n),
+            "add and rms_norm": (lambda x=x, up=up, weight=weight: add_rms_norm(x, up, weight, 1e-5), 8 * n),
+            "add, rms_norm and quantise": (
+                lambda x=x, up=up, weight=weight: add_rms_norm_rows(x, up, weight, 1e-5),
+                9 * n,
+            ),
             "swiglu": (lambda x=x, up=up: swiglu(x, up), 6 * n),
             "swiglu and quantise": (lambda x=x, up=up: swiglu_rows(x, up), 7 * n),
         }

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e5kernels.attention import varlen_attention
-from e5kernels.fp8 import Rows, geglu_rows, rms_norm_rows, swiglu_rows
+from e5kernels.fp8 import Rows, add_rms_norm_rows, geglu_rows, swiglu_rows
 from e5kernels.fp8_linear import Fp8Weight, fp8_linear
 from e5kernels.last_token import last_token
 from e5kernels.rms_norm import add_rms_norm, rms_norm
@@ -120,8 +120,7 @@ class RMSNorm(nn.Module):
     def branch(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor | Rows]:
         """Return the residual stream h = x + added (T, D) and what leaves it here, norm(h) (T, D + spare)."""
         if self.quantises:
-            x = x if added is None else x + added
-            return x, rms_norm_rows(x, self.weight, self.eps)
+            return add_rms_norm_rows(x, added, self.weight, self.eps)
         return add_rms_norm(x, added, self.weight, self.eps, self.spare)
 
 

@@ -9,7 +9,7 @@ from tolerances import assert_fp32, assert_fp64, assert_twice
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from e5kernels import attention, dropout, last_token, lora_linear, native, rms_norm, rope, swiglu
+from e5kernels import attention, dropout, fp8, fp8_linear, last_token, lora_linear, native, rms_norm, rope, swiglu
 
 BUILT = pytest.mark.skipif(
     not native.AVAILABLE, reason="the C++ ops are not built: `pip install -e .` with a C++ compiler builds them"
@@ -54,7 +54,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every op of a model by its Triton face, where there is no GPU by the interpreter."""
-    for room in (attention, dropout, last_token, lora_linear, rms_norm, rope, swiglu):
+    for room in (attention, dropout, fp8, fp8_linear, last_token, lora_linear, rms_norm, rope, swiglu):
         monkeypatch.setattr(room, "face", lambda device: "triton")
 
 

@@ -28,7 +28,7 @@ from e5core.step import backward_step, make_optimizer
 from e5core.tokenizer import Tokenizer
 from e5core.train import Config, train
 from e5core.weights import give_dtypes, load_weights, read_config
-from e5kernels import attention, dropout, last_token, lora_linear, rms_norm, rope, swiglu
+from e5kernels import attention, dropout, fp8, fp8_linear, last_token, lora_linear, rms_norm, rope, swiglu
 
 N_STEPS = 3
 OPTIM = OptimConfig(lr=1e-4, clip=0.05)  # which clips
@@ -136,16 +136,18 @@ def four_ranks(world: World, embedder: str) -> dict[Any, Any]:
     return found
 
 
-def in_rooms(world: World, embedder: str) -> dict[str, Any]:
+def in_rooms(world: World, embedder: str, fp8_skip: tuple[str, ...] | None = None) -> dict[str, Any]:
     """As `small_steps`, by the kernels, whose weights have room behind them."""
-    for room in (attention, dropout, last_token, lora_linear, rms_norm, rope, swiglu):
+    for room in (attention, dropout, fp8, fp8_linear, last_token, lora_linear, rms_norm, rope, swiglu):
         room.face = lambda device: "triton"
-    return small_steps(world, embedder, "full", [world.rank])
+    return small_steps(world, embedder, "full", [world.rank], fp8_skip)
 
 
-def small_steps(world: World, embedder: str, strategy: Strategy, numbers: list[int]) -> dict[str, Any]:
+def small_steps(
+    world: World, embedder: str, strategy: Strategy, numbers: list[int], fp8_skip: tuple[str, ...] | None = None
+) -> dict[str, Any]:
     """Go twice down the gradient of some pieces of few tokens.  Returns the gradients, and the bytes that are kept."""
-    model = sharded_model(world, embedder, strategy, torch.float32)
+    model = sharded_model(world, embedder, strategy, torch.float32, fp8_skip=fp8_skip)
     found: dict[str, Any] = {"gradients": []}
     for step in range(2):
         for number in numbers:

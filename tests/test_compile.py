@@ -74,7 +74,8 @@ KERNELS = {  # case: (kernel, file, options and arguments fixed at compile time,
     "attention d_kv": ("_attention_d_kv_kernel", attention_triton, ATTENTION["d_kv"]),
     "attention d_q": ("_attention_d_q_kernel", attention_triton, ATTENTION["d_q"]),
     "fp8 quantise": ("_quantise_rows_kernel", fp8_triton, NORM),
-    "fp8 rms_norm": ("_rms_norm_rows_kernel", fp8_triton, NORM),
+    "fp8 rms_norm": ("_add_rms_norm_rows_kernel", fp8_triton, NORM | {"ADDS": False}),
+    "fp8 rms_norm, added": ("_add_rms_norm_rows_kernel", fp8_triton, NORM | {"ADDS": True}),
     "fp8 swiglu": ("_glu_rows_kernel", fp8_triton, HIDDEN | {"GELU": False}),
     "fp8 geglu": ("_glu_rows_kernel", fp8_triton, HIDDEN | {"GELU": True}),
     "dropout": ("_keyed_dropout_kernel", dropout_triton, dropout_triton.tile_of(DIM)),
@@ -84,7 +85,8 @@ NARROW_STORES = {
     "attention table": 1,
     "attention forward": 1,  # lse, a number a query and head, as delta
     "attention delta": 1,
-    **dict.fromkeys(("fp8 quantise", "fp8 rms_norm", "fp8 swiglu", "fp8 geglu"), 1),  # a scale a row
+    # a scale a row
+    **dict.fromkeys(("fp8 quantise", "fp8 rms_norm", "fp8 rms_norm, added", "fp8 swiglu", "fp8 geglu"), 1),
 }
 IN_CALLERS_DTYPE = (
     "queries_ptr", "candidates_ptr", "hidden_ptr", "pooled_ptr", "d_hidden_ptr", "d_pooled_ptr", "x_ptr", "y_ptr",

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from e5kernels import fp8 as room
 from e5kernels.fp8 import E4M3, LARGEST, Rows, quantise_rows, quantise_rows_reference, rows_of, values
-from e5kernels.fp8_triton import glu_rows_triton, quantise_rows_triton, rms_norm_rows_triton
-from e5kernels.rms_norm import rms_norm_reference
+from e5kernels.fp8_triton import add_rms_norm_rows_triton, glu_rows_triton, quantise_rows_triton
+from e5kernels.rms_norm import add_rms_norm_reference
+from e5kernels.rms_norm_triton import add_rms_norm_triton
 from e5kernels.swiglu import geglu_reference, swiglu_reference
 
 SHAPES = [(1, 1), (3, 7), (5, 255), (2, 256), (9, 257), (2, 3, 33), (0, 5)]
@@ -96,13 +97,19 @@ def test_rows_without_elements_are_refused() -> None:
             quantise_rows_triton(torch.empty(shape))
 
 
-FUSED = {
+EPS = 1e-5
+FUSED = {  # inputs, what returns y, its codes and scales, y's definition, its row in tolerances.py
     "swiglu": (2, lambda gate, up: glu_rows_triton(gate, up, False), swiglu_reference, "glu"),
     "geglu": (2, lambda gate, up: glu_rows_triton(gate, up, True), geglu_reference, "glu"),
-    "rms_norm": (
-        1, lambda x: rms_norm_rows_triton(x, weight_of(x), 1e-5), lambda x: rms_norm_reference(x, weight_of(x), 1e-5),
-        "rms_norm",
-    ),
+    **{
+        name: (
+            n_inputs,
+            lambda x, added=None: add_rms_norm_rows_triton(x, added, weight_of(x), EPS)[1:],
+            lambda x, added=None: add_rms_norm_reference(x, added, weight_of(x), EPS)[1],
+            "rms_norm",
+        )
+        for name, n_inputs in (("rms_norm", 1), ("add_rms_norm", 2))
+    },
 }  # fmt: skip
 
 
@@ -120,7 +127,8 @@ def test_a_fused_op_equals_its_own_and_quantises_what_it_wrote(
     inputs = [2 * torch.randn(shape).to(DEVICE, dtype) for _ in range(n_inputs)]
     y, q, scale = function(*inputs)
     same_bits((q, scale), quantise_rows_reference(y))
-    assert_faces_agree(name, lambda *each: function(*each)[0], reference, inputs, is_triton=True)
+    rounds = 2 if op == "add_rms_norm" else 1
+    assert_faces_agree(name, lambda *each: function(*each)[0], reference, inputs, is_triton=True, rounds=rounds)
 
 
 @pytest.mark.parametrize("op", FUSED)
@@ -130,9 +138,33 @@ def test_halves_of_a_packed_projection_are_read_where_they_lie(op: str) -> None:
     assert_faces_agree(name, lambda *each: function(*each)[0], reference, inputs, is_triton=True)
 
 
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("shape", [(3, 7), (9, 257), (2, 3, 33), (0, 5)])
+def test_the_residual_and_its_gradient_pass_with_the_norm_s(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """And, what recompute relies on, a kept sum is normalised and quantised again to the same bits."""
+    x, added, g_h, g_y = (torch.randn(shape).to(DEVICE, dtype).requires_grad_() for _ in range(4))
+    weight = weight_of(x).requires_grad_()
+    got, expected = (f(x, added, weight, EPS) for f in (add_rms_norm_rows_triton, add_rms_norm_triton))
+    assert torch.equal(got[0], expected[0])
+    kept = got[0].detach().requires_grad_()
+    again = add_rms_norm_rows_triton(kept, None, weight, EPS)
+    assert again[0].data_ptr() == kept.data_ptr() and torch.equal(again[1], got[1])
+    same_bits(again[2:], got[2:])
+    for used, gradients in (((0, 1), (g_h, g_y)), ((1,), (g_y,)), ((0,), (g_h,))):
+        ours, theirs, replayed = (
+            torch.autograd.grad([each[i] for i in used], inputs, gradients, retain_graph=True, materialize_grads=True)
+            for each, inputs in ((got, (x, added, weight)), (expected, (x, added, weight)), (again, (kept, weight)))
+        )
+        assert all(map(torch.equal, ours, theirs)) and all(map(torch.equal, ours[1:], replayed))
+
+
 def test_fused_ops_refuse_what_does_not_fit() -> None:
+    x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="weight must be"):
-        rms_norm_rows_triton(torch.ones(2, 3), torch.ones(2), 1e-5)
+        add_rms_norm_rows_triton(x, None, torch.ones(2), EPS)
+    for added in (x[:1], x.double(), x.T):
+        with pytest.raises(ValueError, match="added must be like x"):
+            add_rms_norm_rows_triton(x, added, torch.ones(3), EPS)
     with pytest.raises(ValueError, match="gate and up must be"):
         glu_rows_triton(torch.ones(2, 3), torch.ones(2, 4), False)
 
@@ -140,12 +172,12 @@ def test_fused_ops_refuse_what_does_not_fit() -> None:
 def test_the_face_is_picked_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room.face(torch.device("cpu")) == "reference" and room.face(torch.device("cuda", 1)) == "triton"
     x, other = torch.randn(2, 5, 8, device=DEVICE)
-    calls = (lambda: rows_of(x), lambda: room.rms_norm_rows(x, weight_of(x), 1e-5), lambda: room.swiglu_rows(x, other),
-             lambda: room.geglu_rows(x, other))  # fmt: skip
+    calls = (lambda: rows_of(x), lambda: room.add_rms_norm_rows(x, other, weight_of(x), EPS)[1],
+             lambda: room.swiglu_rows(x, other), lambda: room.geglu_rows(x, other))  # fmt: skip
     monkeypatch.setattr(room, "face", lambda device: "reference")
     expected = [call() for call in calls]
     monkeypatch.setattr(room, "face", lambda device: "triton")
-    for name in ("quantise_rows_reference", "rms_norm", "swiglu", "geglu"):
+    for name in ("quantise_rows_reference", "add_rms_norm", "swiglu", "geglu"):
         monkeypatch.setattr(room, name, None)
     for call, wanted in zip(calls, expected, strict=True):
         got = call()

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from e5kernels import native
-from e5kernels.rms_norm import rms_norm
+from e5kernels.rms_norm import add_rms_norm
 from e5kernels.swiglu import geglu, swiglu
 
 if sys.platform == "linux":  # Triton is published for no other
-    from e5kernels.fp8_triton import glu_rows_triton, quantise_rows_triton, rms_norm_rows_triton
+    from e5kernels.fp8_triton import add_rms_norm_rows_triton, glu_rows_triton, quantise_rows_triton
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -86,14 +86,17 @@ def rows_of(x: Tensor) -> Rows:
     return Rows(x, q if x.device.type == "cuda" else values(q, torch.promote_types(x.dtype, torch.float32)), scale)
 
 
-def rms_norm_rows(x: Tensor, weight: Tensor, eps: float) -> Rows:
-    """Normalise rows and quantise the result, in one pass on CUDA.
+def add_rms_norm_rows(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Rows]:
+    """Add to the residual stream, normalise it for the branch that leaves it there and quantise, in one pass on CUDA.
 
-    x: (T, D).  weight: (D,), x's dtype, or fp32 under bf16.  Returns what rows_of(rms_norm(x, weight, eps)) does.
+    x: (T, D).  added: like x, or None.  weight: (D,), x's dtype, or fp32 under bf16.
+    Returns h and rows_of(y) of h, y = add_rms_norm(x, added, weight, eps).
     """
     if face(x.device) == "triton" and native.takes(x):
-        return Rows(*rms_norm_rows_triton(x, weight, eps))
-    return rows_of(rms_norm(x, weight, eps))
+        h, *rows = add_rms_norm_rows_triton(x, added, weight, eps)
+        return h, Rows(*rows)
+    h, y = add_rms_norm(x, added, weight, eps)
+    return h, rows_of(y)
 
 
 def swiglu_rows(gate: Tensor, up: Tensor) -> Rows:

@@ -1,14 +1,14 @@
 """Triton face of row-wise fp8: its kernels, and the autograd functions of the norm and the gate that quantise.
 
 What is computed stands in fp8.py. What a fused kernel quantises is what it stores, rounded to x's dtype, so that it
-gives the same bits as the two ops one after the other. amax is a maximum of the numbers' bits as integers: of positive
+gives the same bits as the ops one after the other. amax is a maximum of the numbers' bits as integers: of positive
 floats they rise with the number, infinity's lie above and NaN's above these, so nothing of it is lost, as in a maximum
 of floats it would be. Backward passes are those of the ops without fp8. Needs sm_89, whose conversion to e4m3 it is.
 
 Floor, bf16, at the 3.35 TB/s of an H100's data sheet: quantising 8,192 x 4,096 moves 101 MB, 30 us; 8,192 x 14,336, 352
-MB, 105 us. Fused it is N bytes more than the norm or the gate alone: 34 MB, 10 us, and 117 MB, 35 us. Speed is
-unmeasured; blocks are rms_norm_triton's, a row whole in registers: of one of 14,336, padded to 16,384, each of 512
-threads holds 32 numbers.
+MB, 105 us. Fused it is N bytes more than the norm, be a term added before it or not, or the gate: 34 MB, 10 us, and 117
+MB, 35 us. Speed is unmeasured; blocks are rms_norm_triton's, a row whole in registers: of one of 14,336, padded to
+16,384, each of 512 threads holds 32 numbers.
 """
 
 import torch
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from e5kernels.rms_norm_triton import _RMSNorm, tile_of
+from e5kernels.rms_norm_triton import _AddRMSNorm, _check_added, _inverse_rms, tile_of
 from e5kernels.swiglu_triton import _GLU, _sigmoid
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -61,17 +61,24 @@ def _quantise_rows_kernel(
 
 
 @triton.jit
-def _rms_norm_rows_kernel(
-    x_ptr, weight_ptr, y_ptr, codes_ptr, scale_ptr, n_rows, dim, x_stride, eps, BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+def _add_rms_norm_rows_kernel(
+    x_ptr, added_ptr, weight_ptr, h_ptr, y_ptr, codes_ptr, scale_ptr, n_rows, dim, x_stride, eps, ADDS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Write y = rms_norm(x), or with ADDS h = x + added and y = rms_norm(h), and quantise y."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < n_rows)[:, None] & (columns < dim)[None, :]
     weight = tl.load(weight_ptr + columns, mask=columns < dim, other=0.0).to(tl.float32)[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = (x * tl.rsqrt(tl.sum(x * x, 1) / dim + eps)[:, None] * weight).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows[:, None] * dim + columns[None, :], y, mask=mask)
+    place = rows[:, None] * dim + columns[None, :]
+    if ADDS:
+        x += tl.load(added_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        h = x.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + place, h, mask=mask)
+        x = h.to(tl.float32)
+    y = (x * _inverse_rms(x, dim, eps) * weight).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + place, y, mask=mask)
     _store_rows(y.to(tl.float32), codes_ptr, scale_ptr, rows, columns, n_rows, dim)
 
 
@@ -122,25 +129,28 @@ def quantise_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-class _RMSNormRows(torch.autograd.Function):
+class _AddRMSNormRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):  # noqa: ANN001, ANN205
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+    def forward(ctx, x, added, weight, eps):  # noqa: ANN001, ANN205
+        h = x if added is None else x.new_empty(x.shape)
         y, (q, scale) = x.new_empty(x.shape), _room(x)
+        ctx.save_for_backward(h, weight)
+        ctx.eps, ctx.adds = eps, added is not None
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(q, scale)
         if x.numel():
             rows = _flat(x)
             grid, tile = _grid(rows)
-            _rms_norm_rows_kernel[grid](
-                rows, weight.contiguous(), y, q, scale, *rows.shape, rows.stride(0), eps, **tile
+            _add_rms_norm_rows_kernel[grid](
+                rows, None if added is None else added.contiguous(), weight.contiguous(), h, y, q, scale, *rows.shape,
+                rows.stride(0), eps, ADDS=added is not None, **tile,
             )  # fmt: skip
-        return y, q, scale
+        return h, y, q, scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, *_):  # noqa: ANN001, ANN002, ANN205
-        return _RMSNorm.backward(ctx, g)
+    def backward(ctx, dh, g, *_):  # noqa: ANN001, ANN002, ANN205
+        return _AddRMSNorm.backward(ctx, dh, g)[:4]
 
 
 class _GLURows(torch.autograd.Function):
@@ -164,15 +174,17 @@ class _GLURows(torch.autograd.Function):
         return _GLU.backward(ctx, g)
 
 
-def rms_norm_rows_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise rows and quantise them by one kernel, on Linux.
+def add_rms_norm_rows_triton(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add to the residual stream, normalise it and quantise the result by one kernel, on Linux.
 
-    x: (..., D) fp32 or bf16.  weight: (D,) any float dtype.  Returns y like x, differentiable in both, its codes and
-    scales.  Raises ValueError where weight does not fit x.
+    x: (..., D) fp32 or bf16.  added: like x, or None.  weight: (D,) any float dtype.
+    Returns h = x + added, x itself where that is None, and y, like x and differentiable in all three, y's codes and
+    scales.  Raises ValueError where added or weight does not fit x.
     """
-    if x.ndim == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must be (D,) for x (..., D): got {tuple(weight.shape)} for {tuple(x.shape)}")
-    return _RMSNormRows.apply(x, weight, eps)
+    _check_added(x, added, weight)
+    return _AddRMSNormRows.apply(x, added, weight, eps)
 
 
 def glu_rows_triton(gate: Tensor, up: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -176,6 +176,13 @@ def _check(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight must be (D,) for x (..., D): got {tuple(weight.shape)} for {tuple(x.shape)}")
 
 
+def _check_added(x: Tensor, added: Tensor | None, weight: Tensor) -> None:
+    _check(x, weight)
+    if added is not None and (added.shape != x.shape or added.dtype != x.dtype):
+        got = f"{tuple(added.shape)} {added.dtype} for {tuple(x.shape)} {x.dtype}"
+        raise ValueError(f"added must be like x, or None: got {got}")
+
+
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension by the kernels, on Linux.
 
@@ -194,8 +201,5 @@ def add_rms_norm_triton(
     Arguments and results as `add_rms_norm`, x fp32 or bf16, y contiguous; the spare columns are not written.
     Raises ValueError where added or weight does not fit x.
     """
-    _check(x, weight)
-    if added is not None and (added.shape != x.shape or added.dtype != x.dtype):
-        got = f"{tuple(added.shape)} {added.dtype} for {tuple(x.shape)} {x.dtype}"
-        raise ValueError(f"added must be like x, or None: got {got}")
+    _check_added(x, added, weight)
     return _AddRMSNorm.apply(x, added, weight, eps, spare)

@@ -1,0 +1,87 @@
+"""A model in fp8 whose skipped linears have room for their adapters: the kernels' numbers, whatever is skipped."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from faces import by_triton
+from models import save_embedder, save_peer
+from ranks import run_ranks
+from shard_laws import in_rooms, small_steps
+from test_backbone import relative
+from test_spare_columns import assert_same_bits, block_operations, built, rooms, step
+
+from e5core.distributed import ALONE
+from e5core.encoder import EmbeddingModel
+from e5core.lora import LINEARS
+
+FIRST_DOWN = "layers.0.feed_forward.w_down"
+QKV = LINEARS[:3]
+
+
+def spares(model: EmbeddingModel) -> list[list[int]]:
+    """The spare columns of what each group of READERS reads, layer by layer."""
+    makers = [(x.attention_norm, x.attention, x.ffn_norm, x.feed_forward) for x in model.backbone.layers]
+    return [[maker.spare for maker in layer] for layer in makers]
+
+
+@pytest.mark.parametrize(
+    ("skip", "targets", "with_rooms", "expected"),
+    [
+        ((), LINEARS, set(), [[0, 0, 0, 0]] * 2),
+        (("w_down",), LINEARS, {"w_down"}, [[0, 0, 0, 16]] * 2),
+        (QKV, LINEARS, {*QKV}, [[16, 0, 0, 0]] * 2),
+        (("wk", "wo", "w_gate", FIRST_DOWN), LINEARS, {"wo", "w_down"}, [[0, 16, 0, 16], [0, 16, 0, 0]]),
+        (("w_gate", "w_up"), ("wq", "w_gate", "w_up"), {"w_gate", "w_up"}, [[0, 0, 16, 0]] * 2),
+        ((*QKV, "w_up"), ("wq", "wk", "w_gate", "w_up"), set(), [[0, 0, 0, 0]] * 2),
+    ],
+)
+def test_what_fp8_skips_has_room_where_all_that_read_with_it_are_skipped_and_adapted(
+    skip: tuple[str, ...],
+    targets: tuple[str, ...],
+    with_rooms: set[str],
+    expected: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_embedder(tmp_path)
+    plain = step(built(tmp_path, targets, fp8_skip=skip))
+    by_triton(monkeypatch)
+    model = built(tmp_path, targets, fp8_skip=skip)
+    assert rooms(model) == with_rooms and spares(model) == expected
+    got = step(model)
+    assert got.keys() == plain.keys()
+    for name, values in got.items():  # a number at a tie may be rounded either way, by an eighth
+        assert relative(values, plain[name]) < 1e-3, name
+
+
+def test_neither_recompute_nor_sharding_moves_a_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_embedder(tmp_path)
+    by_triton(monkeypatch)
+    for skip, cases in ((("w_down",), [("block", "full"), ("mlp", "none")]), ((*QKV, "wo"), [("mlp", "full")])):
+        expected = step(built(tmp_path, fp8_skip=skip))
+        for policy, strategy in cases:
+            assert_same_bits(step(built(tmp_path, policy=policy, strategy=strategy, fp8_skip=skip)), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there a product is another operation")
+def test_the_norms_of_a_block_in_fp8_add_as_those_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_peer("mistral-window", tmp_path)
+    by_triton(monkeypatch)
+    forward, backward = block_operations(built(tmp_path, fp8_skip=()))
+    assert (forward["add"], backward["add"]) == (1, 3), "the residual; dx of q, k and v, of gate and up"
+
+
+@pytest.mark.slow  # two processes that interpret kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: ranks of one GPU")
+def test_two_ranks_that_gather_codes_and_weights_with_room_do_the_references_steps(tmp_path: Path) -> None:
+    save_embedder(tmp_path)
+    skip = ("w_down", *QKV)
+    ranks = run_ranks(2, in_rooms, str(tmp_path), skip)
+    expected = small_steps(ALONE, str(tmp_path), "none", [0, 1], skip)["gradients"]
+    first = np.linalg.norm(expected[0])
+    assert np.linalg.norm(expected[1] - expected[0]) > 0.01 * first, "B has moved, and another is to be seen"
+    for rank in ranks:
+        for got, gradient in zip(rank["gradients"], expected, strict=True):
+            assert np.linalg.norm(got - gradient) < 1e-3 * first

@@ -99,6 +99,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.train.full and self.lora != LoraConfig():
             raise ValueError("train.full = true trains all weights and no adapters; leave [lora] out, or full")
+        if self.train.full and self.backbone.frozen_dtype == "fp8":
+            raise ValueError(
+                'train.full = true freezes no linear, and backbone.frozen_dtype = "fp8" is for frozen ones; set '
+                "backbone.frozen_dtype=same, or leave full out"
+            )
 
     @property
     def adapters(self) -> LoraConfig | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faces import by_triton
+from faces import DEVICE, by_triton
 from models import save_embedder, save_peer
 from ranks import run_ranks
 from shard_laws import in_rooms, small_steps
@@ -14,10 +14,14 @@ from test_spare_columns import assert_same_bits, block_operations, built, rooms,
 
 from e5core.distributed import ALONE
 from e5core.encoder import EmbeddingModel
+from e5core.fp8 import CAPABILITY
 from e5core.lora import LINEARS
+from e5core.recompute import Policy
+from e5core.sharding import Strategy
 
 FIRST_DOWN = "layers.0.feed_forward.w_down"
 QKV = LINEARS[:3]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: on GPUs fp8 is in bf16")
 
 
 def spares(model: EmbeddingModel) -> list[list[int]]:
@@ -26,17 +30,23 @@ def spares(model: EmbeddingModel) -> list[list[int]]:
     return [[maker.spare for maker in layer] for layer in makers]
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("skip", "targets", "with_rooms", "expected"),
     [
-        ((), LINEARS, set(), [[0, 0, 0, 0]] * 2),
+        pytest.param((), LINEARS, set(), [[0, 0, 0, 0]] * 2, marks=pytest.mark.slow),
         (("w_down",), LINEARS, {"w_down"}, [[0, 0, 0, 16]] * 2),
         (QKV, LINEARS, {*QKV}, [[16, 0, 0, 0]] * 2),
         (("wk", "wo", "w_gate", FIRST_DOWN), LINEARS, {"wo", "w_down"}, [[0, 16, 0, 16], [0, 16, 0, 0]]),
-        (("w_gate", "w_up"), ("wq", "w_gate", "w_up"), {"w_gate", "w_up"}, [[0, 0, 16, 0]] * 2),
-        ((*QKV, "w_up"), ("wq", "wk", "w_gate", "w_up"), set(), [[0, 0, 0, 0]] * 2),
+        pytest.param(
+            ("w_gate", "w_up"), ("wq", "w_gate", "w_up"), {"w_gate", "w_up"}, [[0, 0, 16, 0]] * 2,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (*QKV, "w_up"), ("wq", "wk", "w_gate", "w_up"), set(), [[0, 0, 0, 0]] * 2, marks=pytest.mark.slow
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_fp8_skips_has_room_where_all_that_read_with_it_are_skipped_and_adapted(
     skip: tuple[str, ...],
     targets: tuple[str, ...],
@@ -56,16 +66,29 @@ def test_what_fp8_skips_has_room_where_all_that_read_with_it_are_skipped_and_ada
         assert relative(values, plain[name]) < 1e-3, name
 
 
-def test_neither_recompute_nor_sharding_moves_a_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY, reason="a GPU without fp8"
+)
+@pytest.mark.parametrize(
+    ("skip", "cases"),
+    [
+        (("w_down",), [("block", "full"), ("mlp", "none")]),
+        pytest.param((*QKV, "wo"), [("mlp", "full")], marks=pytest.mark.slow),
+    ],
+)
+def test_neither_recompute_nor_sharding_moves_a_bit(
+    skip: tuple[str, ...], cases: list[tuple[Policy, Strategy]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_embedder(tmp_path)
     by_triton(monkeypatch)
-    for skip, cases in ((("w_down",), [("block", "full"), ("mlp", "none")]), ((*QKV, "wo"), [("mlp", "full")])):
-        expected = step(built(tmp_path, fp8_skip=skip))
-        for policy, strategy in cases:
-            assert_same_bits(step(built(tmp_path, policy=policy, strategy=strategy, fp8_skip=skip)), expected)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    expected = step(built(tmp_path, dtype=dtype, fp8_skip=skip))
+    for policy, strategy in cases:
+        model = built(tmp_path, policy=policy, strategy=strategy, dtype=dtype, fp8_skip=skip)
+        assert_same_bits(step(model), expected)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there a product is another operation")
+@interpreted
 def test_the_norms_of_a_block_in_fp8_add_as_those_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_peer("mistral-window", tmp_path)
     by_triton(monkeypatch)
@@ -74,7 +97,7 @@ def test_the_norms_of_a_block_in_fp8_add_as_those_without(tmp_path: Path, monkey
 
 
 @pytest.mark.slow  # two processes that interpret kernels
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: ranks of one GPU")
+@interpreted
 def test_two_ranks_that_gather_codes_and_weights_with_room_do_the_references_steps(tmp_path: Path) -> None:
     save_embedder(tmp_path)
     skip = ("w_down", *QKV)

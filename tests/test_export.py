@@ -350,7 +350,7 @@ def test_smollm2_goes_everywhere(form: str, dtype: torch.dtype, tmp_path: Path, 
         if name.startswith("layers.") and parameter.dim() == 2:
             sizes = {"lora_a": (8, parameter.shape[1]), "lora_b": (parameter.shape[0], 8)}
             for leaf, size in sizes.items():
-                tensors[f"{name.removesuffix('.weight')}.{leaf}"] = torch.randn(size, generator=generator) * 0.03
+                tensors[f"{name.removesuffix('.weight')}.{leaf}"] = torch.randn(size, generator=generator) * 0.06
     (tmp_path / "adapter").mkdir()
     room.write_adapter(tmp_path / "adapter", tensors, room.LoraConfig(rank=8, alpha=8.0), str(smollm2_file))
     trained = Encoder.load(str(tmp_path / "adapter"), dtype="float32")

@@ -10,6 +10,7 @@ loss from all rows, and what it sends back to another's row is added up there. S
 are the same for any number of ranks.
 """
 
+import gc
 import json
 import os
 import sys
@@ -21,6 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if dist.is_available():
+    # Its functions keep the job's group as their default where there is one when it is imported (torch 2.13), which
+    # torch._dynamo does as a model is first built; a group that is referred to outlives `finish`. So import it before.
+    import torch.distributed.nn.functional  # noqa: F401
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,13 +105,16 @@ def nodes(world: World) -> tuple[World, World]:
 
 
 def finish() -> None:
-    """Leave the job, at the end of a command that succeeded.
+    """Leave the job, at the end of a command that succeeded; nothing may refer to a World with a `group` any more.
 
-    One that failed must not: the others wait in a collective, and it would wait for them. It exits, and torchrun ends
-    the others.
+    Gloo's threads are joined as the last reference to their group goes. One that runs on may drop a collective's
+    tensor while the interpreter ends, ask for its lock, and abort the process (pytorch/pytorch #179291, #190489).
+    One that failed must not leave so: the others wait in a collective, and it would wait for them. It exits, and
+    torchrun ends the others.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # models refer to their hooks and back
 
 
 def share(value: Any, world: World) -> list[Any]:

@@ -21,7 +21,7 @@ from e5core.distributed import finish, log, log_error, share, start
 from e5core.encoder import Dtype
 from e5core.metrics import TextProgress
 from e5core.records import read_texts
-from e5core.rope_scaling import AS_TRAINED, add_options, chosen_context
+from e5core.rope_scaling import AS_TRAINED, LongContext, add_options, chosen_context
 from e5core.sharding import Strategy
 from e5core.text_encoder import Encoder, describe_device
 from e5core.trained import identity
@@ -88,24 +88,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output is not None and not arguments.output.parent.is_dir():
         parser.error(f"--output: no folder {arguments.output.parent}")
     try:
-        world = start()
-        log(describe_device(world.device))
-        chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions", "strategy")}
-        encoder = Encoder.load(arguments.model, world=world, context=context, **chosen)
-        log(encoder.tokenizer.describe())
-        if arguments.selfcheck and not _selfcheck(encoder):
-            finish()
-            return 1
-        if arguments.input is not None:
-            model = identity(arguments.model, arguments.base) if world.is_main else ""
-            given = (arguments.input, arguments.output, arguments.task, arguments.vectors, model)
-            n_texts = encode_file(encoder, *given)
-            log(f"wrote {arguments.output}: {n_texts:,} vectors; {encoder.n_truncated:,} texts were truncated")
+        passed = _run(arguments, context)
     except (ValueError, OSError, FloatingPointError) as error:
         log_error(f"e5core.encode: {error}")
         return 2
     finish()
-    return 0
+    return 0 if passed else 1
+
+
+def _run(arguments: argparse.Namespace, context: LongContext) -> bool:
+    """Do what the command line asks for.  Returns whether the selfcheck passed, True without one."""
+    world = start()
+    log(describe_device(world.device))
+    chosen = {name: vars(arguments)[name] for name in ("max_tokens", "dtype", "base", "dimensions", "strategy")}
+    encoder = Encoder.load(arguments.model, world=world, context=context, **chosen)
+    log(encoder.tokenizer.describe())
+    if arguments.selfcheck and not _selfcheck(encoder):
+        return False
+    if arguments.input is not None:
+        model = identity(arguments.model, arguments.base) if world.is_main else ""
+        given = (arguments.input, arguments.output, arguments.task, arguments.vectors, model)
+        n_texts = encode_file(encoder, *given)
+        log(f"wrote {arguments.output}: {n_texts:,} vectors; {encoder.n_truncated:,} texts were truncated")
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:

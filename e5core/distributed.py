@@ -14,7 +14,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -45,6 +46,7 @@ class World:
         return self.rank == 0
 
 
+GIVE_UP_AFTER = timedelta(minutes=30)  # of a collective that a rank does not join; longer than saving.PARTS_LIMIT_S
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))  # for what has no device to find
 
 
@@ -64,9 +66,10 @@ def start() -> World:
         if missing:
             raise ValueError(f"got WORLD_SIZE={world_size} but no {missing[0]}: start the job with torchrun")
         if device.type == "cuda":
-            dist.init_process_group("nccl", rank=rank, world_size=world_size, device_id=device)
+            backend, on = "nccl", {"device_id": device}
         else:
-            dist.init_process_group("gloo", rank=rank, world_size=world_size)
+            backend, on = "gloo", {}
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=GIVE_UP_AFTER, **on)
     return World(rank=rank, world_size=world_size, device=device, local_size=local_size)
 
 
@@ -74,6 +77,26 @@ def use_one_thread() -> None:
     """Compute by one thread in this process, which works beside others: torch, and tokenizers' batches of texts."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@contextmanager
+def same_bits(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Have torch compute the same bits every time, or raise where it cannot; our kernels always do (no atomics).
+
+    wanted: False changes nothing.  Raises ValueError where cuBLAS is told not to.
+    """
+    if not wanted:
+        yield
+        return
+    workspaces = (":4096:8", ":16:8")  # cuBLAS reads it at its first product; torch takes no other
+    if device.type == "cuda" and os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", workspaces[0]) not in workspaces:
+        raise ValueError(f"train.deterministic needs CUBLAS_WORKSPACE_CONFIG to be one of {workspaces}, or not set")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def alone() -> World:
@@ -99,7 +122,7 @@ def nodes(world: World) -> tuple[World, World]:
     parts = []
     for groups, rank in ((ranks, world.rank % size), (ranks.T, world.rank // size)):
         members = [own for own in groups.tolist() if world.rank in own][0]
-        group, _ = dist.new_subgroups_by_enumeration(groups.tolist())
+        group, _ = dist.new_subgroups_by_enumeration(groups.tolist(), timeout=GIVE_UP_AFTER)
         parts.append(replace(world, rank=rank, world_size=len(members), group=group))
     return parts[0], parts[1]
 
@@ -146,7 +169,7 @@ def tell(value: Any, world: World) -> Any:
 def patient(world: World) -> World:
     """Return the same ranks for what one may wait long for: collectives by gloo, on the CPU, that may take 30 days.
 
-    Every rank must call it. The collectives of the job's own group give up after 10 (NCCL) or 30 minutes.
+    Every rank must call it. The collectives of the job's own group give up after GIVE_UP_AFTER.
     """
     if world.world_size == 1:
         return world

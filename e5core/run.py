@@ -52,6 +52,7 @@ class RunConfig:
     epochs: Annotated[float, Field(gt=0)] | None = None  # rounded up to whole steps
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     full: bool = False  # train all weights, kept in fp32 beside the model's dtype, and no adapters: [lora] is left out
+    deterministic: bool = False  # a GPU's results are the same bits every time; on a CPU they are anyway
     resume: bool = False  # go on from the newest checkpoint (from the start where there is none)
     overwrite: bool = False  # delete an earlier run in the folder
     save_every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only at the end
@@ -99,10 +100,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.train.full and self.lora != LoraConfig():
             raise ValueError("train.full = true trains all weights and no adapters; leave [lora] out, or full")
-        if self.train.full and self.backbone.frozen_dtype == "fp8":
+        if self.train.full and self.backbone.skipped is not None:
             raise ValueError(
-                'train.full = true freezes no linear, and backbone.frozen_dtype = "fp8" is for frozen ones; set '
-                "backbone.frozen_dtype=same, or leave full out"
+                'train.full = true leaves no frozen linear for backbone.frozen_dtype = "fp8"; set it to "same", or '
+                "train.full to false"
             )
 
     @property

@@ -21,7 +21,7 @@ from e5core import checkpoint
 from e5core.adapter import read_adapter
 from e5core.batches import build_batch
 from e5core.config import load_config, write_whole
-from e5core.distributed import World, check_same, finish, log, log_error, share, start, sum_over_ranks
+from e5core.distributed import World, check_same, finish, log, log_error, same_bits, share, start, sum_over_ranks
 from e5core.encoder import EmbeddingModel, build_model, choose_dtype
 from e5core.estimate import Plan, describe
 from e5core.memory import as_table, is_out_of_memory, measured_peak
@@ -75,7 +75,7 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     config = resolve_dtype(config, run, world)
     dtype, _ = choose_dtype(config.backbone.dtype, device)
     config, planned = settle_batch(config, run, mixture, model_path, dtype, world)
-    with _explain_memory(planned):
+    with same_bits(config.train.deterministic, device), _explain_memory(planned):
         return _run(config, run, mixture, model_path, planned, world)
 
 

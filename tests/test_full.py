@@ -227,7 +227,7 @@ def test_what_needs_an_adapter_refuses_it_by_name(
     assert main([str(config_file), "lora.rank=4"]) == 2
     assert "train.full = true trains all weights and no adapters; leave [lora] out" in capfd.readouterr().err
     assert main([str(config_file), "backbone.frozen_dtype=fp8"]) == 2
-    assert 'backbone.frozen_dtype = "fp8" is for frozen ones; set backbone.frozen_dtype=same' in capfd.readouterr().err
+    assert 'train.full = true leaves no frozen linear for backbone.frozen_dtype = "fp8"' in capfd.readouterr().err
     assert main([str(config_file), f"train.run={run}", "train.full=false", "train.resume=true"]) == 2
     assert "train.full was True, is False" in capfd.readouterr().err
 

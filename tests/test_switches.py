@@ -35,6 +35,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_checkpoint_holds_what_is_trained_and_no_base(folder: Path) -> None:
+    step, base = folder / "run" / "step_2", (folder / "model" / "model.safetensors").stat().st_size
+    assert {file.name.partition("_0")[0] for file in step.glob("*.safetensors")} == {
+        "adapter_model.safetensors",
+        "optimizer",
+    }
+    trained, held = (step / "adapter_model.safetensors").stat().st_size, sum(f.stat().st_size for f in step.iterdir())
+    assert 3 * trained < held < 3 * trained + base / 2, (trained, held, base)  # two moments and the small files beside
+
+
 def other_card(folder: Path, to: Path, **changes: object) -> Path:
     """Copy the adapter as one that was trained otherwise."""
     shutil.copytree(folder / "adapter", to)

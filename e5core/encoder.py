@@ -1,6 +1,7 @@
 """The embedding model: backbone + adapters + pooling + unit length (arXiv 2401.00368, section 3.1).
 
-`build_model` makes it from files in the one right order: sizes, modules on the meta device, adapters, shards, weights.
+`build_model` makes it from files in the one right order: sizes, modules on the meta device, adapters, fp8, room for
+adapters behind weights, shards, weights.
 With last-token pooling the final norm and all that follows run on the last tokens only; the means (arXiv 1908.10084,
 2202.08904) are of all tokens' normed states. Embeddings are unit rows in max(fp32, the backbone's dtype).
 """

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_infonce import ROWS, gradients, messy_relations, plain_relations, unit_rows
+from test_infonce import ROWS, Face, gradients, messy_relations, plain_relations, unit_rows
 from tolerances import assert_fp64, assert_twice
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from e5kernels.infonce import BLOCK_EXTRA, infonce_reference, infonce_rows, rows_suit
+from e5kernels.infonce import BLOCK_EXTRA, infonce_reference, infonce_rows, infonce_triton, rows_suit
 
 
 @pytest.mark.parametrize("relations", [plain_relations, messy_relations])
@@ -86,3 +86,21 @@ def test_row_blocks_take_no_more_memory_than_the_block_allows(n_queries: int) ->
 
 def test_rows_or_tiles_is_decided_by_the_rows_that_a_block_holds() -> None:
     assert rows_suit(1) and rows_suit(16_384) and rows_suit(131_072) and not rows_suit(2**20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [infonce_triton, infonce_rows, ROWS])
+@pytest.mark.parametrize(("n_queries", "n_candidates"), [(1, 1), (1, 4099), (1031, 2053)])
+def test_both_ways_err_at_most_twice_as_much_as_torch_at_mistral_s_width_on_the_gpu(
+    n_queries: int, n_candidates: int, function: Face, dtype: torch.dtype
+) -> None:
+    relations, results = messy_relations(n_queries, n_candidates), []
+    rows = unit_rows(n_queries, 4096, dtype), unit_rows(n_candidates, 4096, dtype)
+    faces = (function, dtype), (infonce_reference, dtype), (infonce_reference, torch.float64)
+    for face_of, computed in faces:
+        inputs = [x.to(computed).requires_grad_() for x in rows]
+        out = face_of(*inputs, relations, temperature=0.02)
+        results.append([out.loss.detach(), out.lse, *gradients(out, *inputs)])
+    for got, same_dtype, truth in zip(*results, strict=True):
+        assert_twice(got, same_dtype, truth.float())

@@ -29,7 +29,7 @@ from e5core.memory import is_out_of_memory
 
 MODES = ("forward", "backward", "both")
 COMPILED, REFERENCE = "torch.compile", "eager torch"
-Function = Callable[..., Tensor]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 class Work(NamedTuple):
@@ -177,13 +177,18 @@ def passes(case: Case, function: Function, mode: str) -> Callable[[], object]:
     if case.modes == ("forward",):
         return lambda: function(*case.inputs)
     leaves = [x.detach().requires_grad_() for x in case.inputs]
-    out = function(*leaves)
-    g = torch.randn_like(out)
+    outputs = outputs_of(function(*leaves))
+    gs = [torch.randn_like(out) for out in outputs]
     if mode == "forward":
         return lambda: function(*leaves)
     if mode == "both":
-        return lambda: torch.autograd.grad(function(*leaves), leaves, g, allow_unused=True)
-    return lambda: torch.autograd.grad(out, leaves, g, retain_graph=True, allow_unused=True)
+        return lambda: torch.autograd.grad(outputs_of(function(*leaves)), leaves, gs, allow_unused=True)
+    return lambda: torch.autograd.grad(outputs, leaves, gs, retain_graph=True, allow_unused=True)
+
+
+def outputs_of(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Wrap what an op returned, where it is one tensor."""
+    return (returned,) if isinstance(returned, Tensor) else tuple(returned)
 
 
 def check(case: Case, function: Function) -> dict[str, Any]:
@@ -191,25 +196,26 @@ def check(case: Case, function: Function) -> dict[str, Any]:
     dtype = case.inputs[0].dtype
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     with torch.no_grad():
-        g = torch.randn_like(function(*case.inputs))
-    truth = _results(case, case.reference, wide, g)
-    plain = _results(case, case.reference, dtype, g)
+        gs = [torch.randn_like(out) for out in outputs_of(function(*case.inputs))]
+    truth = _results(case, case.reference, wide, gs)
+    plain = _results(case, case.reference, dtype, gs)
     worst = 0.0
-    for i, got in enumerate(_results(case, function, dtype, g)):
+    for i, got in enumerate(_results(case, function, dtype, gs)):
         allowed = 2 * (plain[i].to(wide) - truth[i]).abs().max() + 1e-5
         error = (got.to(wide) - truth[i]).abs().max()
         worst = max(worst, float("inf") if error.isnan() else (error / allowed).item())
     return {"check": "passed" if worst <= 1 else "failed", "error_of_allowed": round(worst, 3)}
 
 
-def _results(case: Case, function: Function, dtype: torch.dtype, g: Tensor) -> list[Tensor]:
+def _results(case: Case, function: Function, dtype: torch.dtype, gs: Sequence[Tensor]) -> list[Tensor]:
     if case.modes == ("forward",):
         with torch.no_grad():
-            return [function(*(x.to(dtype) for x in case.inputs))]
+            return [*outputs_of(function(*(x.to(dtype) for x in case.inputs)))]
     leaves = [x.detach().to(dtype).requires_grad_() for x in case.inputs]
-    out = function(*leaves)
-    first, *others = torch.autograd.grad(out, leaves, g.to(out.dtype))
-    return [out.detach(), first[:, : case.columns] if case.columns else first, *others]
+    outputs = outputs_of(function(*leaves))
+    upstream = [g.to(out.dtype) for g, out in zip(gs, outputs, strict=True)]
+    first, *others = torch.autograd.grad(outputs, leaves, upstream)
+    return [*(out.detach() for out in outputs), first[:, : case.columns] if case.columns else first, *others]
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:

@@ -25,7 +25,7 @@ from bench.roofline import Roofline, measure, record, result_file, synchronize
 from bench.step_rows import Bench, Variant, bench_of, own_step, parser_of, variants
 from e5core.backbone import BackboneConfig
 from e5core.batches import MicroBatch, pack
-from e5core.lora import LoraConfig
+from e5core.lora import READERS, LoraConfig
 
 # The first pattern that is found in a kernel's or an op's name decides.
 KINDS = (
@@ -93,12 +93,13 @@ def floors_ms(
     pairs = sum(int((n * (n + 1) // 2).sum()) for n in (piece.cu_seqlens.diff().long() for piece in packed))
     share = forward / backward
     attention_flops = layers * pairs * c.n_heads * c.head_dim * (4 * share + 10)
-    inputs = sum(n_in for n_in, _ in linears(c).values())
+    inputs = {name: n_in for name, (n_in, _) in linears(c).items()}
+    shared, each = sum(inputs[names[0]] for names in READERS), sum(inputs.values())
     n_bytes = {
         "norm": 2 * layers * c.dim * e * (2 * forward + 3 * backward),
         "rope": layers * heads * e * (2 * forward + 2 * backward),
         "swiglu": layers * c.hidden_dim * e * (3 * forward + 5 * backward),
-        "lora": layers * inputs * e * (forward + 3 * backward),  # reads x; then x again, and dx twice
+        "lora": layers * e * (shared * forward + (2 * shared + each) * backward),  # x; x, every dx, and their sum
         "last token": 2 * sum(len(piece.rows) for piece in packed) * c.dim * e,
     }
     floors = {kind: 1e3 * moved / roofline.bytes_per_s for kind, moved in n_bytes.items()}

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from e5kernels.adapted import Fp8Weight
 from e5kernels.attention import varlen_attention
 from e5kernels.fp8 import Rows, add_rms_norm_rows, geglu_rows, swiglu_rows
-from e5kernels.fp8_linear import Fp8Weight, fp8_linear
+from e5kernels.fp8_linear import fp8_linear
 from e5kernels.last_token import last_token
 from e5kernels.rms_norm import add_rms_norm, rms_norm
 from e5kernels.rope import rope
@@ -141,6 +142,10 @@ class FrozenLinear(nn.Module):
         weight = fp8_weight(self)
         return F.linear(plain(x), self.weight, self.bias) if weight is None else fp8_linear(x, weight, self.bias)
 
+    def beside(self, x: Tensor | Rows, *others: nn.Module) -> tuple[Tensor, ...]:
+        """Return what this and other linears make of one x; adapted ones do it together (lora.py)."""
+        return tuple(linear(x) for linear in (self, *others))
+
 
 class Attention(nn.Module):
     def __init__(self, config: BackboneConfig, window: int | None) -> None:
@@ -157,16 +162,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor | Rows, rotary: Rotary, layout: Layout) -> Tensor:
-        k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))  # (T, K, hd)
+        is_last = layout.on_last is not None
+        k, v, *q = self.wk.beside(x, self.wv) if is_last else self.wk.beside(x, self.wv, self.wq)
+        k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in (k, v))  # (T, K, hd)
         k = rope(self.k_norm(k), *rotary)
         if layout.key_rows is not None:
             k, v = k.index_select(0, layout.key_rows), v.index_select(0, layout.key_rows)  # (Tk, K, hd)
-        if layout.on_last is not None:
+        if is_last:
             layout.on_last()
             x, rotary, layout = _last_alone(x, rotary, layout)
-        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (Tq, H, hd)
+        q = self.wq(x) if is_last else q[0]
+        q = rope(self.q_norm(q.unflatten(-1, (-1, self.head_dim))), *rotary)  # (Tq, H, hd)
         out = varlen_attention(
-            rope(self.q_norm(q), *rotary),
+            q,
             k,
             v,
             layout.cu_seqlens,
@@ -193,7 +201,7 @@ class FeedForward(nn.Module):
 
     def hidden(self, x: Tensor | Rows) -> Tensor | Rows:
         """Return (T, F + spare), what w_down projects back."""
-        gate, up = self.w_gate(x), self.w_up(x)
+        gate, up = self.w_gate.beside(x, self.w_up)
         return self.gated_rows(gate, up) if self.quantises else self.gated(gate, up, self.spare)
 
 

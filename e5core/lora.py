@@ -8,7 +8,7 @@ does the backward pass (e5kernels/dropout.py; p is rounded to a multiple of 1/25
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from e5core.backbone import FP8_LEAVES, Backbone, Block, FrozenLinear, fp8_weight, plain
-from e5kernels.dropout import mix, mix_tensor, signed
+from e5kernels.adapted import Adapted, Drop
+from e5kernels.dropout import mix, mix_tensor
 from e5kernels.fp8 import Rows
 from e5kernels.fp8_linear import fp8_lora_linear
 from e5kernels.lora_linear import lora_linear, room_of, with_room
@@ -101,13 +102,37 @@ class LoraLinear(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(config.rank, n_in))
         self.lora_b = nn.Parameter(torch.empty(n_out, config.rank))
 
-    def forward(self, x: Tensor | Rows, is_read: bool = True) -> Tensor:
-        """Return y (T, out); where it is not read, zeros in its place, through which all gradients flow as ever."""
-        keys = self.token_keys.keys if self.drop_below else None
-        stream = signed(mix(self.token_keys.step_key + self.number))  # torch's profiler takes no larger integers
-        rest = self.bias, self.lora_a, self.lora_b, self.scale, keys, stream, self.drop_below, is_read
-        weight = fp8_weight(self)
-        return lora_linear(plain(x), self.weight, *rest) if weight is None else fp8_lora_linear(x, weight, *rest)
+    def forward(self, x: Tensor | Rows, is_read: bool = True, y: Tensor | None = None) -> Tensor:
+        """Return y (T, out); where it is not read, zeros in its place, through which all gradients flow as ever.
+
+        y: the same, where it has been computed beside others'.
+        """
+        return self._together(x, [self], is_read)[0] if y is None else y
+
+    def beside(self, x: Tensor | Rows, *others: nn.Module) -> tuple[Tensor, ...]:
+        """Return what this and other linears make of one x, in one pass over it where they are of one kind."""
+        linears = (self, *others)
+        if not all(isinstance(other, LoraLinear) and other.is_fp8 == self.is_fp8 for other in others):
+            return tuple(linear(x) for linear in linears)
+        outputs = self._together(x, linears)
+        return tuple(linear(x, y=y) for linear, y in zip(linears, outputs, strict=True))  # for the hooks of each
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the frozen weight is held in fp8."""
+        return self.weight_scale is not None
+
+    def _together(self, x: Tensor | Rows, linears: Sequence["LoraLinear"], is_read: bool = True) -> tuple[Tensor, ...]:
+        drop = Drop(self.token_keys.keys, self.drop_below) if self.drop_below else Drop()
+        adapted = [linear._adapted() for linear in linears]
+        if self.is_fp8:
+            return fp8_lora_linear(x, adapted, self.scale, drop, is_read)
+        return lora_linear(plain(x), adapted, self.scale, drop, is_read)
+
+    def _adapted(self) -> Adapted:
+        weight = fp8_weight(self) if self.is_fp8 else self.weight
+        stream = mix(self.token_keys.step_key + self.number)
+        return Adapted(weight, self.bias, self.lora_a, self.lora_b, stream)
 
 
 def owner_of(layer: Block, name: str) -> nn.Module:
@@ -139,7 +164,7 @@ def make_room(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> N
         makers = (layer.attention_norm, layer.attention, layer.ffn_norm, layer.feed_forward)
         for maker, readers in zip(makers, READERS, strict=True):
             linears = [owner_of(layer, name).get_submodule(name) for name in readers]
-            adapted = [x for x in linears if isinstance(x, LoraLinear) and fp8_weight(x) is None]
+            adapted = [x for x in linears if isinstance(x, LoraLinear) and not x.is_fp8]
             if len(adapted) == len(linears):
                 maker.spare = room_of(len(adapted[0].lora_a), dtype, device)
             for linear in adapted if maker.spare else ():

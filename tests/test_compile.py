@@ -39,8 +39,18 @@ HIDDEN = rms_norm_triton.tile_of(8192, 14336)
 HEAD_NORM = rms_norm_triton.tile_of(HEADS, HEAD_DIM)  # qk-norm
 ROPE = rope_triton.tile_of(HEADS, HEAD_DIM // 2) | {"x_channel_stride": 1}
 LORA = {"BLOCK_R": lora_linear_triton.block_r(16), "DROPS": True}
-LORA_FORWARD = {n: tile | LORA | {"SPARE": 16} for n, tile in lora_linear_triton.FORWARD_TILES.items()}
-LORA_BACKWARD = {n: tile | LORA | {"DX": True} for n, tile in lora_linear_triton.BACKWARD_TILES.items()}
+
+JOIN = {"BLOCK": lora_linear_triton.BLOCK_JOINED, "BLOCK_R": 16}
+
+
+def lora_forward(n: int) -> dict[int, dict]:
+    return {e: lora_linear_triton.forward_tile(n, e) | LORA | {"N": n} for e in (2, 4)}
+
+
+def lora_backward(n: int) -> dict[int, dict]:
+    return {e: lora_linear_triton.backward_tile(n, e) | LORA | {"N": n, "DX": True, "SUMS": True} for e in (2, 4)}
+
+
 GLU = swiglu_triton.TILE
 MISTRAL = {"GROUP": 4, "CAUSAL": True, "SPARE": 16, "HEAD_DIM": HEAD_DIM}  # 8 key heads
 DELTA = {"SPARE": 16, "HEAD_DIM": HEAD_DIM, "BLOCK_D": HEAD_DIM, "BLOCK": attention_triton.DELTA_ROWS}
@@ -66,8 +76,13 @@ KERNELS = {  # case: (kernel, file, options and arguments fixed at compile time,
     "swiglu backward": ("_swiglu_backward_kernel", swiglu_triton, GLU | {"GELU": False}),
     "geglu forward": ("_swiglu_forward_kernel", swiglu_triton, GLU | {"GELU": True}),
     "geglu backward": ("_swiglu_backward_kernel", swiglu_triton, GLU | {"GELU": True}),
-    "lora_linear forward": ("_lora_linear_forward_kernel", lora_linear_triton, LORA_FORWARD),
-    "lora_linear backward": ("_lora_linear_backward_kernel", lora_linear_triton, LORA_BACKWARD),
+    "lora_linear forward": ("_lora_linear_forward_kernel", lora_linear_triton, lora_forward(1)),
+    "lora_linear forward of 2": ("_lora_linear_forward_kernel", lora_linear_triton, lora_forward(2)),
+    "lora_linear forward of 3": ("_lora_linear_forward_kernel", lora_linear_triton, lora_forward(3)),
+    "lora_linear join": ("_lora_linear_join_kernel", lora_linear_triton, JOIN),
+    "lora_linear backward": ("_lora_linear_backward_kernel", lora_linear_triton, lora_backward(1)),
+    "lora_linear backward of 2": ("_lora_linear_backward_kernel", lora_linear_triton, lora_backward(2)),
+    "lora_linear backward of 3": ("_lora_linear_backward_kernel", lora_linear_triton, lora_backward(3)),
     "attention table": ("_block_table_kernel", attention_triton, {"BLOCK": 64, "CHUNK": attention_triton.CHUNK}),
     "attention forward": ("_attention_forward_kernel", attention_triton, ATTENTION["forward"]),
     "attention delta": ("_attention_delta_kernel", attention_triton, DELTA),
@@ -81,7 +96,10 @@ KERNELS = {  # case: (kernel, file, options and arguments fixed at compile time,
     "dropout": ("_keyed_dropout_kernel", dropout_triton, dropout_triton.tile_of(DIM)),
 }
 NARROW_STORES = {
-    "lora_linear forward": 2,  # z, which has 16 columns
+    "lora_linear forward": 1,  # z, which has 16 columns
+    "lora_linear forward of 2": 2,
+    "lora_linear forward of 3": 3,
+    "lora_linear join": 16,  # B lies across its room
     "attention table": 1,
     "attention forward": 1,  # lse, a number a query and head, as delta
     "attention delta": 1,
@@ -116,6 +134,7 @@ POINTERS = {
 def argument_type(name: str, dtype: str) -> str:
     if name.isupper():
         return "constexpr"
+    name = re.sub(r"_\d(?=_|$)", "", name)  # one of several linears'
     if name in IN_CALLERS_DTYPE:
         return f"*{dtype}"
     if name.endswith("_ptr"):

@@ -1,5 +1,6 @@
 """A linear in fp8 is the product of what its codes stand for, in both directions, and its adapter is lora_linear's."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from e5kernels import fp8 as rows_room
 from e5kernels import fp8_linear as room
+from e5kernels.adapted import Adapted, Drop, Fp8Weight
 from e5kernels.dropout import keyed_dropout, mix_tensor
 from e5kernels.fp8 import E4M3, add_rms_norm_rows, quantise_rows_reference, rows_of
-from e5kernels.fp8_linear import Fp8Weight, fp8_linear, fp8_lora_linear, quantise_weight, scaled_product
+from e5kernels.fp8_linear import fp8_linear, fp8_lora_linear, quantise_weight, scaled_product
 
 STREAM, SCALE = 0x9E3779B97F4A7C15, 2.0
 SHAPES = [(13, 32, 48, 4), (1, 16, 16, 1), (33, 64, 16, 20)]  # T, in, out, R
@@ -39,7 +41,7 @@ class Case:
         self.b = torch.randn(n_out, rank, device=DEVICE).to(wide)
         self.g = torch.randn(n_tokens, n_out, device=DEVICE).to(dtype)
         keys = mix_tensor(torch.arange(n_tokens, device=DEVICE)) if drop_below else None
-        self.drop = (keys, STREAM, drop_below)
+        self.drop = Drop(keys, drop_below)
 
     def frozen(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         y = back(x) @ back(self.weight).T + self.bias.double()
@@ -49,16 +51,19 @@ class Case:
         """y, dx, dA, dB in float64."""
         y, dx = self.frozen(self.x, self.g)
         x, a, b, g = (item.double() for item in (self.x, self.a, self.b, self.g))
-        dropped = keyed_dropout(x, *self.drop) if self.drop[2] else x
-        dz = SCALE * g @ b
-        added = keyed_dropout(dz @ a, *self.drop) if self.drop[2] else dz @ a
+        dropped, dz = self.dropped(x), SCALE * g @ b
+        added = self.dropped(dz @ a)
         return [y + SCALE * dropped @ a.T @ b.T, dx + added, dz.T @ dropped, SCALE * g.T @ (dropped @ a.T)]
 
-    def got(self) -> list[Tensor]:
-        def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            return fp8_lora_linear(x, self.fp8, self.bias, a, b, SCALE, *self.drop)
+    def dropped(self, x: Tensor) -> Tensor:
+        return x if self.drop.keys is None else keyed_dropout(x, self.drop.keys, STREAM, self.drop.below)
 
-        return with_gradients(function, [self.x, self.a, self.b], self.g)
+    def function(self, x: Tensor, a: Tensor, b: Tensor, is_read: bool = True) -> Tensor:
+        (y,) = fp8_lora_linear(x, [Adapted(self.fp8, self.bias, a, b, STREAM)], SCALE, self.drop, is_read)
+        return y
+
+    def got(self) -> list[Tensor]:
+        return with_gradients(self.function, [self.x, self.a, self.b], self.g)
 
 
 def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype, rounds: int = 1) -> None:
@@ -106,6 +111,26 @@ def test_the_triton_face_equals_the_reference(
         assert_near(got, expected, dtype, rounds=4)  # z, dz, y and its epilogue are rounded one after another
 
 
+@pytest.mark.parametrize("chosen", ["reference", "triton"])
+@pytest.mark.parametrize("drop_below", [0, 77])
+def test_linears_together_are_those_linears_alone(
+    drop_below: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "face", lambda device: chosen)
+    cases = [Case(SHAPES[0], torch.float32, drop_below) for _ in range(3)]
+    drop, xs = cases[0].drop, [cases[0].x.clone().requires_grad_() for _ in range(2)]
+    linears = [Adapted(case.fp8, case.bias, case.a, case.b, STREAM + i) for i, case in enumerate(cases)]
+    for linear in linears:
+        linear.lora_a.requires_grad_(), linear.lora_b.requires_grad_()
+    together = fp8_lora_linear(xs[0], linears, SCALE, drop)
+    alone = [fp8_lora_linear(xs[1], [linear], SCALE, drop)[0] for linear in linears]
+    factors, upstream = [factor for linear in linears for factor in linear[2:4]], [case.g for case in cases]
+    got = torch.autograd.grad(together, [xs[0], *factors], upstream)
+    expected = torch.autograd.grad(alone, [xs[1], *factors], upstream)
+    for ours, theirs in zip((*together, *got), (*alone, *expected), strict=True):
+        assert_fp32("fp8_linear", ours, theirs)
+
+
 def test_a_gradient_reaches_no_weight_and_what_is_saved_is_what_it_needs() -> None:
     case, saved = Case(SHAPES[0], torch.float32), []
     x = case.x.requires_grad_()
@@ -113,7 +138,7 @@ def test_a_gradient_reaches_no_weight_and_what_is_saved_is_what_it_needs() -> No
         fp8_linear(x, case.fp8, case.bias)
         assert [tensor.data_ptr() for tensor in saved] == [tensor.data_ptr() for tensor in case.fp8[2:]]
         saved.clear()
-        fp8_lora_linear(x, case.fp8, None, case.a, case.b, SCALE, *case.drop)
+        case.function(x, case.a, case.b)
     assert {tuple(tensor.shape) for tensor in saved} == {(13, 32), (13, 4), (32, 48), (32, 1), (4, 32), (48, 4)}
     assert sum(tensor.dtype == E4M3 for tensor in saved) == 1
 
@@ -131,12 +156,8 @@ def test_linears_share_the_quantisation_of_their_input() -> None:
 
 def test_what_is_not_read_is_zero_and_has_the_same_gradients() -> None:
     case = Case(SHAPES[0], torch.float32, 77)
-
-    def function(x: Tensor, a: Tensor, b: Tensor, is_read: bool = False) -> Tensor:
-        return fp8_lora_linear(x, case.fp8, None, a, b, SCALE, *case.drop, is_read)
-
-    unread = with_gradients(function, [case.x, case.a, case.b], case.g)
-    read = with_gradients(lambda *each: function(*each, True), [case.x, case.a, case.b], case.g)
+    unread = with_gradients(partial(case.function, is_read=False), [case.x, case.a, case.b], case.g)
+    read = case.got()
     assert not unread[0].any()
     assert all(map(torch.equal, unread[1:], read[1:]))
 

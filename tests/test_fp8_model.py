@@ -73,6 +73,8 @@ class Emulated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(self.back(x), self.weight, self.bias)
 
+    beside = FrozenLinear.beside
+
 
 @pytest.mark.parametrize("variant", ["mistral-window", "qwen2-window", "qwen3-window", "gemma3"])
 @pytest.mark.parametrize("skip", [(), ("wk", "w_up"), ("wq", "wo", "w_down"), ("wq", "wk", "wv", "w_gate", "w_up")])

@@ -93,7 +93,7 @@ def test_the_norms_of_a_block_in_fp8_add_as_those_without(tmp_path: Path, monkey
     save_peer("mistral-window", tmp_path)
     by_triton(monkeypatch)
     forward, backward = block_operations(built(tmp_path, fp8_skip=()))
-    assert (forward["add"], backward["add"]) == (1, 3), "the residual; dx of q, k and v, of gate and up"
+    assert forward["add"] == 1 and "add" not in backward, "the residual"
 
 
 @pytest.mark.slow  # two processes that interpret kernels

@@ -1,4 +1,4 @@
-"""A frozen linear in row-wise fp8, alone and with a low-rank adapter in x's own dtype (arXiv 2209.05433, 2106.09685).
+"""Frozen linears in row-wise fp8, alone and with low-rank adapters in x's own dtype (arXiv 2209.05433, 2106.09685).
 
     forward    y = (q W_q^T) s_x s_w + b                        q, s_x = quantise(x);  W_q, s_w = quantise(W)
     backward   dx = (g_q V_q^T) s_g s_v                         g_q, s_g = quantise(g);  V_q, s_v = quantise(W^T)
@@ -16,29 +16,21 @@ Saved for backward: V_q and s_v, and with an adapter x, z and the keys. x: (T, i
 """
 
 import sys
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from e5kernels import native
-from e5kernels.dropout import keyed_dropout, signed
+from e5kernels.adapted import Adapted, Drop, Fp8Weight, flattened
+from e5kernels.dropout import keyed_dropout
 from e5kernels.fp8 import E4M3, Rows, face, quantise_rows, rows_of, values
 
 if sys.platform == "linux":  # Triton is published for no other
-    from e5kernels.fp8_linear_triton import adapter_backward_triton, adapter_forward_triton
+    from e5kernels.lora_linear_triton import adapters_backward, adapters_forward
 
 MULTIPLE = 16  # of in and out, that torch._scaled_mm asks for
-
-
-class Fp8Weight(NamedTuple):
-    """A frozen W (out, in), quantised for both directions."""
-
-    codes: Tensor  # (out, in) e4m3
-    scale: Tensor  # (out, 1) fp32
-    codes_t: Tensor  # (in, out) e4m3, of W^T
-    scale_t: Tensor  # (in, 1) fp32
 
 
 def quantise_weight(weight: Tensor) -> Fp8Weight:
@@ -90,47 +82,62 @@ class _Fp8Linear(torch.autograd.Function):
 
 class _Fp8LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: ANN205
-        ctx, x, q, q_scale, codes, codes_scale, codes_t, scale_t, bias,  # noqa: ANN001
-        lora_a, lora_b, scale, keys, stream, drop_below, is_read,  # noqa: ANN001
-    ):  # fmt: skip
-        ctx.scale, ctx.stream, ctx.drop_below = scale, stream, drop_below
-        ctx.factor = scale if keys is None else scale * 256 / (256 - drop_below)
-        z = _adapter_forward(ctx, x, lora_a, keys)  # (T, R)
-        ctx.save_for_backward(x, z, codes_t, scale_t, lora_a, lora_b, keys)
-        if not is_read:
-            return x.new_zeros(()).expand(len(x), len(codes))
-        return scaled_product(q, q_scale, codes, codes_scale, bias, x.dtype).addmm_(z, lora_b.to(x.dtype).T)
+    def forward(ctx, x, q, q_scale, scale, keys, below, streams, is_read, *tensors):  # noqa: ANN001, ANN002, ANN205
+        codes, scales, codes_t, scales_t, biases, matrices, bs = (tensors[i::7] for i in range(7))
+        zs = _adapters_forward(x, keys, matrices, streams, below, scale)  # (T, R) each
+        outputs = []
+        for z, weight, its_scale, bias, b in zip(zs, codes, scales, biases, bs, strict=True):
+            if is_read:
+                outputs.append(scaled_product(q, q_scale, weight, its_scale, bias, x.dtype).addmm_(z, b.to(x.dtype).T))
+            else:
+                outputs.append(x.new_zeros(()).expand(len(x), len(weight)))
+        ctx.save_for_backward(x, keys, *codes_t, *scales_t, *matrices, *bs, *zs)
+        ctx.scale, ctx.below, ctx.streams = scale, below, streams
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):  # noqa: ANN001, ANN205
-        x, z, codes_t, scale_t, lora_a, lora_b, keys = ctx.saved_tensors
-        dx = _gradient(g, codes_t, scale_t) if ctx.needs_input_grad[0] else None
-        dz = g @ lora_b.to(g.dtype)  # (T, R), not scaled
-        da, db = _adapter_backward(ctx, x, dz, dx, lora_a, keys), (g.T @ z).to(lora_b.dtype)
-        return dx, *[None] * 7, da, db, *[None] * 5
+    def backward(ctx, *gs):  # noqa: ANN001, ANN002, ANN205
+        x, keys, *rest = ctx.saved_tensors
+        n = len(gs)
+        codes_t, scales_t, matrices, bs, zs = (rest[i : i + n] for i in range(0, 5 * n, n))
+        dxs = list(map(_gradient, gs, codes_t, scales_t)) if ctx.needs_input_grad[0] else []
+        dzs = [g @ b.to(g.dtype) for g, b in zip(gs, bs, strict=True)]  # (T, R) each, not scaled
+        d_as = _adapters_backward(x, keys, matrices, ctx.streams, ctx.below, ctx.scale, dzs, dxs)
+        found = []
+        for g, z, a, d_a, b in zip(gs, zs, matrices, d_as, bs, strict=True):
+            found += [*[None] * 5, d_a.to(a.dtype), (g.T @ z).to(b.dtype)]
+        return dxs[0] if dxs else None, *[None] * 7, *found
 
 
-def _adapter_forward(ctx: FunctionCtx, x: Tensor, lora_a: Tensor, keys: Tensor | None) -> Tensor:
-    """Return s z = s d(x) A^T, (T, R), x's dtype."""
+def _adapters_forward(
+    x: Tensor, keys: Tensor | None, matrices: Sequence[Tensor], streams: Sequence[int], below: int, scale: float
+) -> Sequence[Tensor]:
+    """Return s z = s d(x) A^T of every A, (T, R), x's dtype."""
     if face(x.device) == "triton" and native.takes(x):
-        return adapter_forward_triton(ctx, x, lora_a, keys)
-    dropped = x if keys is None else keyed_dropout(x, keys, ctx.stream, ctx.drop_below)
-    return (dropped @ lora_a.to(x.dtype).T).mul_(ctx.scale)
+        return adapters_forward(x if x.stride(1) == 1 else x.contiguous(), keys, matrices, streams, below, scale)
+    dropped = (x if keys is None else keyed_dropout(x, keys, stream, below) for stream in streams)
+    return [(each @ a.to(x.dtype).T).mul_(scale) for each, a in zip(dropped, matrices, strict=True)]
 
 
-def _adapter_backward(
-    ctx: FunctionCtx, x: Tensor, dz: Tensor, dx: Tensor | None, lora_a: Tensor, keys: Tensor | None
-) -> Tensor:
-    """Return dA (R, in), and add the adapter's part to dx, where there is one.  dz: (T, R) = g B."""
+def _adapters_backward(
+    x: Tensor, keys: Tensor | None, matrices: Sequence[Tensor], streams: Sequence[int], below: int, scale: float,
+    dzs: Sequence[Tensor], dxs: Sequence[Tensor],
+) -> Sequence[Tensor]:  # fmt: skip
+    """Return every dA (R, in), and leave the sum of dxs, adapters' parts added, in the first, where there are any."""
     if face(x.device) == "triton" and native.takes(x):
-        return adapter_backward_triton(ctx, x, dz, dx, lora_a, keys)
-    drop, dz = (keys, ctx.stream, ctx.drop_below), dz * ctx.scale
-    if dx is not None:
-        added = dz @ lora_a.to(dz.dtype)
-        dx.add_(added if keys is None else keyed_dropout(added, *drop))
-    return (dz.T @ (x if keys is None else keyed_dropout(x, *drop))).to(lora_a.dtype)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        return adapters_backward(x, keys, matrices, streams, below, scale, dzs, dxs)
+    found = []
+    for i, (a, stream, dz) in enumerate(zip(matrices, streams, dzs, strict=True)):
+        drop, dz = (keys, stream, below), dz * scale
+        found.append(dz.T @ (x if keys is None else keyed_dropout(x, *drop)))
+        if dxs:
+            added = dz @ a.to(dz.dtype)
+            dxs[0].add_(added if keys is None else keyed_dropout(added, *drop))
+            if i:
+                dxs[0].add_(dxs[i])
+    return found
 
 
 def fp8_linear(x: Tensor | Rows, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
@@ -143,22 +150,11 @@ def fp8_linear(x: Tensor | Rows, weight: Fp8Weight, bias: Tensor | None) -> Tens
 
 
 def fp8_lora_linear(
-    x: Tensor | Rows,
-    weight: Fp8Weight,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    keys: Tensor | None,
-    stream: int,
-    drop_below: int,
-    is_read: bool = True,
-) -> Tensor:
-    """Do a frozen linear in fp8 and its adapter in x's dtype.
+    x: Tensor | Rows, linears: Sequence[Adapted], scale: float, drop: Drop, is_read: bool = True
+) -> tuple[Tensor, ...]:
+    """Do frozen linears in fp8 that read one x, and their adapters in x's dtype.
 
-    x: (T, in), or its Rows.  The others and the result are `lora_linear`'s.
+    x: (T, in), or its Rows.  linears: their weights are Fp8Weights.  The others and the result are `lora_linear`'s.
     """
     rows = x if isinstance(x, Rows) else rows_of(x)
-    return _Fp8LoraLinear.apply(
-        *rows, *weight, bias, lora_a, lora_b, scale, keys, signed(stream), drop_below, is_read
-    )  # fmt: skip
+    return _Fp8LoraLinear.apply(*rows, *flattened(linears, scale, drop, is_read))

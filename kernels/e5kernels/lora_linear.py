@@ -1,23 +1,25 @@
-"""A frozen linear and its low-rank adapter (arXiv 2106.09685), with keyed dropout on the adapter's input.
+"""Frozen linears that read one x, and their low-rank adapters (arXiv 2106.09685), with keyed dropout on x.
 
     forward    z = d(x) A^T,  y = x W^T + b + s z B^T,  d(x) = m * x / (1 - p)
-    backward   dz = s g B,  dB = s g^T z,  dA = dz^T d(x),  dx = g W + m * (dz A) / (1 - p)
+    backward   dz = s g B,  dB = s g^T z,  dA = dz^T d(x),  dx = the linears' sum of g W + m * (dz A) / (1 - p)
 
 m is a function of keys and stream, drawn forward and again backward (dropout.py). A and B, fp32 masters, are cast to
 x's dtype where they are used. Saved: x, z and the keys, never m and never dW of the frozen W.
-x: (T, in).  W: (out, in).  b: (out,) or None.  A: (R, in).  B: (out, R).
-FLOPs: forward 2 T (in out + R in + R out), backward 2 T (in out + 2 R in + 2 R out).  Bytes: those of the product's
-operands; what the adapter adds to them stands in lora_linear_triton.py, with the layout of an x with spare columns.
+x: (T, in).  Of each linear W: (out, in), b: (out,) or None, A: (R, in), B: (out, R).
+FLOPs of one: forward 2 T (in out + R in + R out), backward 2 T (in out + 2 R in + 2 R out).  Bytes: those of the
+products' operands; what adapters add stands in lora_linear_triton.py, with the layout of an x with spare columns.
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from e5kernels import native
-from e5kernels.dropout import keyed_dropout, signed
+from e5kernels.adapted import Adapted, Drop, flattened
+from e5kernels.dropout import keyed_dropout
 
 if sys.platform == "linux":  # Triton is published for no other
     from e5kernels.lora_linear_triton import lora_linear_triton
@@ -27,50 +29,49 @@ ALIGNMENT = 16  # elements: rows with spare columns begin where 16 bytes can be 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, keys, stream, drop_below, is_read):  # noqa: ANN001, ANN205
-        dropped = x if keys is None else keyed_dropout(x, keys, stream, drop_below)
-        z = dropped @ lora_a.to(x.dtype).T  # (T, R)
-        if is_read:
-            y = F.linear(x, weight, bias)  # (T, out)
-            y.addmm_(z, lora_b.to(x.dtype).T, alpha=scale)
-        else:
-            y = x.new_zeros(()).expand(x.shape[0], weight.shape[0])
-        ctx.save_for_backward(x, z, weight, lora_a, lora_b, keys)
-        ctx.scale, ctx.stream, ctx.drop_below = scale, stream, drop_below
-        return y
+    def forward(ctx, x, scale, keys, below, streams, is_read, *tensors):  # noqa: ANN001, ANN002, ANN205
+        outputs, zs = [], []
+        for stream, weight, bias, lora_a, lora_b in zip(streams, *parted(tensors), strict=True):
+            dropped = x if keys is None else keyed_dropout(x, keys, stream, below)
+            z = dropped @ lora_a.to(x.dtype).T  # (T, R)
+            if is_read:
+                y = F.linear(x, weight, bias).addmm_(z, lora_b.to(x.dtype).T, alpha=scale)  # (T, out)
+            else:
+                y = x.new_zeros(()).expand(x.shape[0], weight.shape[0])
+            outputs.append(y)
+            zs.append(z)
+        ctx.save_for_backward(x, keys, *zs, *tensors)
+        ctx.scale, ctx.below, ctx.streams = scale, below, streams
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, g):  # noqa: ANN001, ANN205
-        x, z, weight, lora_a, lora_b, keys = ctx.saved_tensors
-        drop = (keys, ctx.stream, ctx.drop_below)
-        dz = (g @ lora_b.to(g.dtype)).mul_(ctx.scale)  # (T, R)
-        db = (g.T @ z).to(lora_b.dtype).mul_(ctx.scale)
-        da = (dz.T @ (x if keys is None else keyed_dropout(x, *drop))).to(lora_a.dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ weight  # (T, in)
-            if keys is None:
-                dx.addmm_(dz, lora_a.to(g.dtype))
-            else:
-                dx.add_(keyed_dropout(dz @ lora_a.to(g.dtype), *drop))
-        return dx, None, None, da, db, None, None, None, None, None
+    def backward(ctx, *gs):  # noqa: ANN001, ANN002, ANN205
+        x, keys, *rest = ctx.saved_tensors
+        zs, (weights, _, *factors) = rest[: len(gs)], parted(rest[len(gs) :])
+        dx, found = None, []
+        for g, z, stream, weight, lora_a, lora_b in zip(gs, zs, ctx.streams, weights, *factors, strict=True):
+            drop, a = (keys, stream, ctx.below), lora_a.to(g.dtype)
+            dz = (g @ lora_b.to(g.dtype)).mul_(ctx.scale)  # (T, R)
+            db = (g.T @ z).to(lora_b.dtype).mul_(ctx.scale)
+            da = (dz.T @ (x if keys is None else keyed_dropout(x, *drop))).to(lora_a.dtype)
+            found += [None, None, da, db]
+            if ctx.needs_input_grad[0]:
+                dx = g @ weight if dx is None else dx.addmm_(g, weight)  # (T, in)
+                dx = dx.addmm_(dz, a) if keys is None else dx.add_(keyed_dropout(dz @ a, *drop))
+        return dx, None, None, None, None, None, *found
+
+
+def parted(tensors: Sequence[Tensor | None]) -> list[Sequence[Tensor | None]]:
+    """Part the tensors of linears, one linear's after another's.  Returns all weights, biases, A and B."""
+    return [tensors[i::4] for i in range(4)]
 
 
 def lora_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    keys: Tensor | None,
-    stream: int,
-    drop_below: int,
-    is_read: bool = True,
-) -> Tensor:
-    """Do a linear and its adapter by plain torch; the definition.  Arguments and result as `lora_linear`."""
-    x = x if x.shape[1] == weight.shape[1] else x[:, : weight.shape[1]]
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, keys, signed(stream), drop_below, is_read)
+    x: Tensor, linears: Sequence[Adapted], scale: float, drop: Drop, is_read: bool = True
+) -> tuple[Tensor, ...]:
+    """Do linears and their adapters by plain torch; the definition.  Arguments and result as `lora_linear`."""
+    n_in = linears[0].weight.shape[1]
+    return _LoraLinear.apply(x if x.shape[1] == n_in else x[:, :n_in], *flattened(linears, scale, drop, is_read))
 
 
 def face(device: torch.device) -> str:
@@ -79,31 +80,18 @@ def face(device: torch.device) -> str:
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    keys: Tensor | None,
-    stream: int,
-    drop_below: int,
-    is_read: bool = True,
-) -> Tensor:
-    """Do a frozen linear and its adapter.
+    x: Tensor, linears: Sequence[Adapted], scale: float, drop: Drop, is_read: bool = True
+) -> tuple[Tensor, ...]:
+    """Do frozen linears that read one x, and their adapters.
 
-    x: (T, in), or, where weight is `with_room`, (T, in + spare_columns(R)), the last columns being this function's to
-    write.
-    weight: (out, in), no gradient.  bias: (out,) or None, no gradient.  lora_a: (R, in), lora_b: (out, R), any float.
-    keys: (T,) int64, one a token; None drops nothing.  stream, drop_below: as `keyed_dropout`'s.
-    Returns y (T, out), x's dtype, differentiable in x, lora_a and lora_b; where not `is_read`, zeros in its place,
-    through which all gradients flow as ever.
+    x: (T, in), or, where all weights are `with_room`, (T, in + spare_columns(R)), the last columns being this
+    function's to write.
+    Returns y (T, out) of each, x's dtype, differentiable in x and in every lora_a and lora_b; where not `is_read`,
+    zeros in its place, through which all gradients flow as ever.
     """
     if face(x.device) == "triton" and native.takes(x):
-        return lora_linear_triton(
-            x, weight, bias, lora_a, lora_b, scale, keys, signed(stream), drop_below, is_read
-        )  # fmt: skip
-    return lora_linear_reference(x, weight, bias, lora_a, lora_b, scale, keys, stream, drop_below, is_read)
+        return lora_linear_triton(x, linears, scale, drop, is_read)
+    return lora_linear_reference(x, linears, scale, drop, is_read)
 
 
 def spare_columns(rank: int) -> int:

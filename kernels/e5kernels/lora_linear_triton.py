@@ -3,14 +3,18 @@
 What is computed stands in lora_linear.py; the dropout's bits are dropout.py's, drawn in registers as x is loaded, so
 that neither d(x) nor a mask is ever in memory. Where x has spare columns, each pass is one product for both paths:
 
-    forward    y = [x | s z] @ [W | B]^T     a kernel reads x, writes s z behind it and, for backward, apart
-    backward   [dx | g B] = g @ [W | B]      then a kernel reads x and g B, adds the dropped s g B A to dx in place,
-                                             and sums dA over a fixed share of the tokens in every program (no atomics)
+    forward    y = [x | s z] @ [W | B]^T     a kernel reads x once for all linears and writes every s z, (T, R); another
+                                             puts one linear's s z behind x and its B behind W, for its product
+    backward   [dx | g B] = g @ [W | B]      then a kernel reads x and every dx and g B, writes the sum of all dx and
+                                             of the dropped s g B A in the first one's place, and sums every dA over a
+                                             fixed share of the tokens in every program (no atomics)
 
-Linears that share x share its spare columns too: each writes its own s z there just before its product reads it, on one
-stream, and keeps s z apart, (T, R). So a linear need not know its siblings, there are no zero blocks to multiply, as
-there would be with all z side by side, and an x serves any number of linears. The price is that each reads x anew: for
-q, k and v of Mistral-7B at 8,192 tokens in bf16 two more times 67 MB, 40 us at the 3.35 TB/s of an H100's data sheet.
+Linears that share x share its spare columns too, in turn, on one stream: so no zero blocks are multiplied, as there
+would be with all z side by side, and x is as wide for any number of linears. Each turn moves (T, R) and B: 1 MB for q.
+That x is read once for up to three linears, and that no sum of their dx is made apart, saves for q, k and v of
+Mistral-7B at 8,192 tokens in bf16 134 MB forward and 670 backward, 40 and 200 us at the 3.35 TB/s of an H100's data
+sheet, and for gate and up half of that: 2% of a step by this reckoning. The dx are all in memory at once, as they were
+when autograd summed them.
 
 [W | B] lies transposed, (in + spare, out) contiguous, W^T before B^T: so W is one stretch of memory. A sharded model
 gathers it with the rows behind it, 0.3% more of Mistral-7B at rank 16. B is cast there whenever it is to be read, the
@@ -24,13 +28,16 @@ more for g B. Bytes in bf16 beside the products' own at T = 8,192, in = out = 4,
 else x, and y twice: 201 MB; by plain torch x three times and y twice: 336 MB. Backward: x, and dx twice: 201 MB.
 
 Speed is unmeasured; the blocks follow from this reckoning. A thread's 16 bytes of bf16 are the 8 channels of one mix. A
-forward program has 32 tokens x 256 channels on 4 warps: eight such loads a thread, 16 KB in flight, which makes 32 KB
-with two programs on a multiprocessor (256 programs at 8,192 tokens), where 3.35 TB/s ask for 13 at a latency of 0.5 us
-(an assumption). Each reads all of A, 67 MB together, out of the L2 cache. A backward program keeps a tile of A and of
-dA, 64 channels wide, and goes over the tokens of its share, 32 at a time; shares are made until there are about four
-programs for each of 132 multiprocessors: 9 of them at 4,096 channels, whose partial sums are 2.4 MB. In fp32 the tiles
-are smaller, so that no register spills.
+forward program of one linear has 32 tokens x 256 channels on 4 warps: eight such loads a thread, 16 KB in flight, which
+makes 32 KB with two programs on a multiprocessor (256 programs at 8,192 tokens), where 3.35 TB/s ask for 13 at a
+latency of 0.5 us (an assumption). The bits that several linears draw take registers: two have 128 channels, three 64,
+whose 4 KB are 16 with two programs and a stage loaded ahead. Each program reads all of A, 67 MB a linear together, out
+of the L2 cache. A backward program keeps a tile of each A and dA, 64 channels wide, and goes over the tokens of its
+share, 32 at a time; shares are made until there are about four programs for each of 132 multiprocessors: 9 of them at
+4,096 channels, whose partial sums are 2.4 MB a linear. In fp32 the tiles are smaller, so that no register spills.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -38,18 +45,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from e5kernels.adapted import Adapted, Drop, flattened
 from e5kernels.dropout_triton import drawn_bytes
 
-FORWARD_TILES = {  # of an element's bytes
-    2: {"BLOCK_T": 32, "BLOCK_C": 256, "num_warps": 4},
-    4: {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4},
-}
-BACKWARD_TILES = {
-    2: {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4},
-    4: {"BLOCK_T": 16, "BLOCK_C": 64, "num_warps": 4},
-}
 MOST_RANKS = 64  # of a program: what fits in its registers
 N_PROGRAMS = 528  # wanted of a backward pass, see above
+BLOCK_JOINED = 64  # tokens and outputs of a program: 128 programs at 8,192 tokens
+MOST_LINEARS = 3  # that a kernel knows by name: q, k and v
+STREAMS = ["stream_0", "stream_1", "stream_2"]  # drawn anew at every step: nothing to compile a kernel for
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -69,71 +72,177 @@ def _channels(first, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _lora_linear_forward_kernel(
-    x_ptr, keys_ptr, a_ptr, z_ptr, n_tokens, dim, rank, x_stride, stream, drop_below, scale, DROPS: tl.constexpr,
-    SPARE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+def _kept(keys, stream, groups, byte, drop_below):
+    """Which channels of the tokens are not dropped by a linear's stream."""
+    return drawn_bytes(keys ^ stream.to(tl.int64), groups, byte) >= drop_below
+
+
+@triton.jit
+def _add_z(
+    z, x, keys, stream, groups, byte, drop_below, a_ptr, is_a,
+    DROPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write z (T, R) = scale * (m * x) A^T and, where SPARE > 0, the same behind the rows of x, with zeros to SPARE."""
+    """z + (m * x) A^T of one linear, over a tile of channels."""
+    if DROPS:
+        x = tl.where(_kept(keys, stream, groups, byte, drop_below), x, 0.0)
+    a = tl.load(a_ptr, mask=is_a, other=0.0).to(x.dtype)
+    return _dot(tl.reshape(x, (BLOCK_T, BLOCK_C)), tl.trans(a), z)
+
+
+@triton.jit(do_not_specialize=STREAMS)
+def _lora_linear_forward_kernel(
+    x_ptr, keys_ptr, a_0_ptr, a_1_ptr, a_2_ptr, z_ptr, n_tokens, dim, rank, x_stride, stream_0, stream_1, stream_2,
+    drop_below, scale, N: tl.constexpr, DROPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Write z (N, T, R), each scale * (m * x) A^T."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     is_token = tokens < n_tokens
     rows = (tokens * x_stride)[:, None, None]
+    keys = tokens[:, None, None]
     if DROPS:
-        keys = (tl.load(keys_ptr + tokens, mask=is_token, other=0) ^ stream.to(tl.int64))[:, None, None]
-    z = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        keys = tl.load(keys_ptr + tokens, mask=is_token, other=0)[:, None, None]
+    z_0 = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    z_1 = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    z_2 = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for first in range(0, dim, BLOCK_C):
         groups, byte = _channels(first, BLOCK_C)
         columns = 8 * groups + byte
         x = tl.load(x_ptr + rows + columns, mask=is_token[:, None, None] & (columns < dim), other=0.0)
-        if DROPS:
-            x = tl.where(drawn_bytes(keys, groups, byte) >= drop_below, x, 0.0)
         flat = first + tl.arange(0, BLOCK_C)[None, :]
-        a = tl.load(a_ptr + ranks * dim + flat, mask=(ranks < rank) & (flat < dim), other=0.0).to(x.dtype)
-        z = _dot(tl.reshape(x, (BLOCK_T, BLOCK_C)), tl.trans(a), z)
-    z *= scale
+        place, is_a = ranks * dim + flat, (ranks < rank) & (flat < dim)
+        z_0 = _add_z(
+            z_0, x, keys, stream_0, groups, byte, drop_below, a_0_ptr + place, is_a, DROPS, BLOCK_T, BLOCK_C
+        )  # fmt: skip
+        if N > 1:
+            z_1 = _add_z(
+                z_1, x, keys, stream_1, groups, byte, drop_below, a_1_ptr + place, is_a, DROPS, BLOCK_T, BLOCK_C
+            )  # fmt: skip
+        if N > 2:
+            z_2 = _add_z(
+                z_2, x, keys, stream_2, groups, byte, drop_below, a_2_ptr + place, is_a, DROPS, BLOCK_T, BLOCK_C
+            )  # fmt: skip
     columns = tl.trans(ranks)
-    tl.store(z_ptr + tokens[:, None] * rank + columns, z, mask=is_token[:, None] & (columns < rank))
-    if SPARE > 0:
-        place = x_ptr + tokens[:, None] * x_stride + dim + columns
-        tl.store(place, z, mask=is_token[:, None] & (columns < SPARE))
+    is_z = is_token[:, None] & (columns < rank)
+    z_rows = tokens[:, None]
+    tl.store(z_ptr + z_rows * rank + columns, z_0 * scale, mask=is_z)
+    if N > 1:
+        tl.store(z_ptr + (z_rows + n_tokens) * rank + columns, z_1 * scale, mask=is_z)
+    if N > 2:
+        tl.store(z_ptr + (z_rows + 2 * n_tokens) * rank + columns, z_2 * scale, mask=is_z)
 
 
 @triton.jit
-def _lora_linear_backward_kernel(
-    x_ptr, keys_ptr, a_ptr, dz_ptr, dx_ptr, d_a_ptr, n_tokens, dim, rank, x_stride, dz_stride, dx_stride, stream,
-    drop_below, scale, DROPS: tl.constexpr, DX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+def _lora_linear_join_kernel(
+    x_ptr, z_ptr, room_ptr, b_ptr, n_tokens, n_out, dim, rank, spare, x_stride, BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Write this program's part of scale * dz^T (m * x), (n_programs, R, in), and add scale * m * (dz A) to dx."""
+    """Put z (T, R) into the spare columns of x, and B^T into the room (spare, out) behind W^T, with zeros beyond R."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    ranks = tl.arange(0, BLOCK_R)[None, :]
+    is_rank, is_spare = ranks < rank, ranks < spare
+    z = tl.load(z_ptr + rows * rank + ranks, mask=(rows < n_tokens) & is_rank, other=0.0)
+    tl.store(x_ptr + rows * x_stride + dim + ranks, z, mask=(rows < n_tokens) & is_spare)
+    b = tl.load(b_ptr + rows * rank + ranks, mask=(rows < n_out) & is_rank, other=0.0)
+    tl.store(room_ptr + ranks * n_out + rows, b, mask=(rows < n_out) & is_spare)
+
+
+@triton.jit
+def _add_gradients(
+    d_a, dx, x, a, keys, stream, groups, byte, drop_below, scale, dx_ptr, is_x, dz_ptr, is_dz,
+    DROPS: tl.constexpr, DX: tl.constexpr, ADDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One linear's d_a + dz^T (m * x), and dx + scale * m * (dz A), where ADDS with what its product has put there."""
+    if DROPS:
+        kept = _kept(keys, stream, groups, byte, drop_below)
+        x = tl.where(kept, x, 0.0)
+    dz = tl.load(dz_ptr, mask=is_dz, other=0.0)
+    d_a = _dot(tl.trans(dz), tl.reshape(x, (BLOCK_T, BLOCK_C)), d_a)
+    if DX:
+        added = _dot(dz, a, tl.zeros((BLOCK_T, BLOCK_C), tl.float32)) * scale
+        added = tl.reshape(added, (BLOCK_T, BLOCK_C // 8, 8))
+        if DROPS:
+            added = tl.where(kept, added, 0.0)
+        dx += added
+        if ADDS:
+            dx += tl.load(dx_ptr, mask=is_x, other=0.0).to(tl.float32)
+    return d_a, dx
+
+
+@triton.jit(do_not_specialize=STREAMS)
+def _lora_linear_backward_kernel(
+    x_ptr, keys_ptr, a_0_ptr, a_1_ptr, a_2_ptr, dz_0_ptr, dz_1_ptr, dz_2_ptr, dx_0_ptr, dx_1_ptr, dx_2_ptr, d_a_ptr,
+    n_tokens, dim, rank, x_stride, dz_stride, dx_stride, stream_0, stream_1, stream_2, drop_below, scale,
+    N: tl.constexpr, DROPS: tl.constexpr, DX: tl.constexpr, SUMS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Write this program's part of every scale * dz^T (m * x), (N, n_programs, R, in), and the sum of dx in dx_0.
+
+    Where SUMS, every dx is added up; else dx_0 has their sum, and only what the adapters add to it is new.
+    """
     first = tl.program_id(0) * BLOCK_C
     flat = first + tl.arange(0, BLOCK_C)[None, :]
     groups, byte = _channels(first, BLOCK_C)
     columns = 8 * groups + byte
     ranks = tl.arange(0, BLOCK_R)
     is_a = (ranks[:, None] < rank) & (flat < dim)
-    a = tl.load(a_ptr + ranks[:, None] * dim + flat, mask=is_a, other=0.0).to(x_ptr.dtype.element_ty)
-    d_a = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    place = ranks[:, None] * dim + flat
+    a_0 = tl.load(a_0_ptr + place, mask=is_a, other=0.0).to(x_ptr.dtype.element_ty)
+    d_a_0 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if N > 1:
+        a_1 = tl.load(a_1_ptr + place, mask=is_a, other=0.0).to(x_ptr.dtype.element_ty)
+        d_a_1 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if N > 2:
+        a_2 = tl.load(a_2_ptr + place, mask=is_a, other=0.0).to(x_ptr.dtype.element_ty)
+        d_a_2 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(tl.program_id(1) * BLOCK_T, n_tokens, tl.num_programs(1) * BLOCK_T):
         tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         is_token = tokens < n_tokens
         is_x = is_token[:, None, None] & (columns < dim)
         x = tl.load(x_ptr + (tokens * x_stride)[:, None, None] + columns, mask=is_x, other=0.0)
+        keys = tokens[:, None, None]
         if DROPS:
-            keys = tl.load(keys_ptr + tokens, mask=is_token, other=0) ^ stream.to(tl.int64)
-            kept = drawn_bytes(keys[:, None, None], groups, byte) >= drop_below
-            x = tl.where(kept, x, 0.0)
-        is_dz = is_token[:, None] & (ranks[None, :] < rank)
-        dz = tl.load(dz_ptr + tokens[:, None] * dz_stride + ranks[None, :], mask=is_dz, other=0.0)
-        d_a = _dot(tl.trans(dz), tl.reshape(x, (BLOCK_T, BLOCK_C)), d_a)
+            keys = tl.load(keys_ptr + tokens, mask=is_token, other=0)[:, None, None]
+        is_dz, dz_place = is_token[:, None] & (ranks[None, :] < rank), tokens[:, None] * dz_stride + ranks[None, :]
+        dx_place = (tokens * dx_stride)[:, None, None] + columns
+        dx = tl.zeros((BLOCK_T, BLOCK_C // 8, 8), tl.float32)
+        d_a_0, dx = _add_gradients(
+            d_a_0, dx, x, a_0, keys, stream_0, groups, byte, drop_below, scale, dx_0_ptr + dx_place, is_x,
+            dz_0_ptr + dz_place, is_dz, DROPS, DX, True, BLOCK_T, BLOCK_C,
+        )  # fmt: skip
+        if N > 1:
+            d_a_1, dx = _add_gradients(
+                d_a_1, dx, x, a_1, keys, stream_1, groups, byte, drop_below, scale, dx_1_ptr + dx_place, is_x,
+                dz_1_ptr + dz_place, is_dz, DROPS, DX, SUMS, BLOCK_T, BLOCK_C,
+            )  # fmt: skip
+        if N > 2:
+            d_a_2, dx = _add_gradients(
+                d_a_2, dx, x, a_2, keys, stream_2, groups, byte, drop_below, scale, dx_2_ptr + dx_place, is_x,
+                dz_2_ptr + dz_place, is_dz, DROPS, DX, SUMS, BLOCK_T, BLOCK_C,
+            )  # fmt: skip
         if DX:
-            added = _dot(dz, a, tl.zeros((BLOCK_T, BLOCK_C), tl.float32)) * scale
-            added = tl.reshape(added, (BLOCK_T, BLOCK_C // 8, 8))
-            if DROPS:
-                added = tl.where(kept, added, 0.0)
-            place = dx_ptr + (tokens * dx_stride)[:, None, None] + columns
-            tl.store(place, tl.load(place, mask=is_x, other=0.0).to(tl.float32) + added, mask=is_x)
-    row = tl.program_id(1).to(tl.int64) * rank + ranks[:, None]
-    tl.store(d_a_ptr + row * dim + flat, d_a * scale, mask=is_a)
+            tl.store(dx_0_ptr + dx_place, dx, mask=is_x)
+    size = tl.num_programs(1).to(tl.int64) * rank * dim  # of a linear's parts
+    d_a_ptr += (tl.program_id(1).to(tl.int64) * rank + ranks[:, None]) * dim + flat
+    tl.store(d_a_ptr, d_a_0 * scale, mask=is_a)
+    if N > 1:
+        tl.store(d_a_ptr + size, d_a_1 * scale, mask=is_a)
+    if N > 2:
+        tl.store(d_a_ptr + 2 * size, d_a_2 * scale, mask=is_a)
+
+
+def forward_tile(n_linears: int, itemsize: int) -> dict[str, int]:
+    """Choose tokens, channels and warps of a forward program."""
+    channels = {1: 256, 2: 128, 3: 64}[n_linears] if itemsize == 2 else 64
+    return {"BLOCK_T": 32, "BLOCK_C": channels, "num_warps": 4}
+
+
+def backward_tile(n_linears: int, itemsize: int) -> dict[str, int]:
+    """Choose tokens, channels and warps of a backward program."""
+    if itemsize == 2:
+        return {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}
+    return {"BLOCK_T": 16, "BLOCK_C": 64 if n_linears == 1 else 32, "num_warps": 4}
 
 
 def block_r(rank: int) -> int:
@@ -141,109 +250,135 @@ def block_r(rank: int) -> int:
     return min(MOST_RANKS, max(16, triton.next_power_of_2(rank)))
 
 
+def named(items: Sequence) -> list:
+    """Fill the names that a kernel has for linears; what is beyond their number it does not touch."""
+    return [*items, *[items[0]] * (MOST_LINEARS - len(items))]
+
+
+def adapters_forward(
+    x: Tensor, keys: Tensor | None, matrices: Sequence[Tensor], streams: Sequence[int], below: int, scale: float
+) -> Tensor:
+    """Project x onto every A by the kernel, on Linux.
+
+    x: (T, in) or wider, fp32 or bf16.  matrices: A (R, in) of each linear, up to MOST_LINEARS.  streams, below: as
+    `keyed_dropout`'s.  Returns z (N, T, R), each s d(x) A^T.
+    """
+    n_tokens, (rank, dim) = len(x), matrices[0].shape
+    z = x.new_empty(len(matrices), n_tokens, rank)
+    if n_tokens:
+        block, tile = block_r(rank), forward_tile(len(matrices), x.itemsize)
+        _lora_linear_forward_kernel[(triton.cdiv(n_tokens, tile["BLOCK_T"]), triton.cdiv(rank, block))](
+            x, keys, *named([a.contiguous() for a in matrices]), z, n_tokens, dim, rank, x.stride(0), *named(streams),
+            below, factor(scale, keys, below), N=len(matrices), DROPS=keys is not None, BLOCK_R=block, **tile,
+        )  # fmt: skip
+    return z
+
+
+def adapters_backward(
+    x: Tensor, keys: Tensor | None, matrices: Sequence[Tensor], streams: Sequence[int], below: int, scale: float,
+    dzs: Sequence[Tensor], dxs: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    """Return every dA, (N, R, in) fp32, and leave the sum of all dx, adapters' parts added, in the first of dxs.
+
+    dzs: (T, R) of each linear, g B, not scaled, of one row stride.  dxs: (T, in) or wider, g W, of one row stride; none
+    where x takes no gradient.  The others as in `adapters_forward`.
+    """
+    n_tokens, (rank, dim), n = len(x), matrices[0].shape, len(matrices)
+    if not n_tokens:
+        return x.new_zeros(n, rank, dim, dtype=torch.float32)
+    tile, block = backward_tile(n, x.itemsize), block_r(rank)
+    n_blocks = triton.cdiv(dim, tile["BLOCK_C"])
+    n_shares = min(triton.cdiv(N_PROGRAMS, n_blocks), triton.cdiv(n_tokens, tile["BLOCK_T"]))
+    whole, found = [a.contiguous() for a in matrices], []
+    for start in range(0, rank, block):
+        parts, dz_parts = [a[start : start + block] for a in whole], [dz[:, start : start + block] for dz in dzs]
+        n_rows = len(parts[0])
+        partial = x.new_empty(n, n_shares, n_rows, dim, dtype=torch.float32)
+        _lora_linear_backward_kernel[(n_blocks, n_shares)](
+            x, keys, *named(parts), *named(dz_parts), *named(dxs or [x]), partial, n_tokens, dim, n_rows, x.stride(0),
+            dzs[0].stride(0), dxs[0].stride(0) if dxs else 0, *named(streams), below, factor(scale, keys, below), N=n,
+            DROPS=keys is not None, DX=bool(dxs), SUMS=start == 0, BLOCK_R=block, **tile,
+        )  # fmt: skip
+        found.append(partial.sum(1))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def factor(scale: float, keys: Tensor | None, below: int) -> float:
+    """Return s / (1 - p)."""
+    return scale if keys is None else scale * 256 / (256 - below)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, keys, stream, drop_below, is_read):  # noqa: ANN001, ANN205
-        n_tokens, (rank, dim) = len(x), lora_a.shape
-        spare = x.shape[1] - dim
+    def forward(ctx, x, scale, keys, below, streams, is_read, *tensors):  # noqa: ANN001, ANN002, ANN205
+        weights, biases, matrices, bs = (tensors[i::4] for i in range(4))
+        spare = x.shape[1] - weights[0].shape[1]
         rows = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-        z = x.new_empty(n_tokens, rank)  # scaled
-        ctx.factor = scale if keys is None else scale * 256 / (256 - drop_below)
-        if n_tokens:
-            block, tile = block_r(rank), FORWARD_TILES[x.itemsize]
-            _lora_linear_forward_kernel[(triton.cdiv(n_tokens, tile["BLOCK_T"]), triton.cdiv(rank, block))](
-                rows, keys, lora_a.contiguous(), z, n_tokens, dim, rank, rows.stride(0), stream, drop_below, ctx.factor,
-                DROPS=keys is not None, SPARE=spare if is_read else 0, BLOCK_R=block, **tile,
-            )  # fmt: skip
-        ctx.save_for_backward(x, z, weight, lora_a, lora_b, keys)
-        ctx.scale, ctx.stream, ctx.drop_below = scale, stream, drop_below
+        z = adapters_forward(rows, keys, matrices, streams, below, scale)
+        ctx.save_for_backward(rows, keys, z, *tensors)
+        ctx.scale, ctx.below, ctx.streams = scale, below, streams
         if not is_read:
-            return x.new_zeros(()).expand(n_tokens, len(weight))
-        if spare:
-            whole = _with_b(weight, lora_b, spare)
-            return rows @ whole if bias is None else torch.addmm(bias, rows, whole)  # (T, out)
-        return torch.nn.functional.linear(x, weight, bias).addmm_(z, lora_b.to(x.dtype).T)
+            return tuple(x.new_zeros(()).expand(len(x), len(weight)) for weight in weights)
+        outputs = []
+        for weight, bias, b, z_one in zip(weights, biases, bs, z, strict=True):
+            if not spare:
+                outputs.append(torch.nn.functional.linear(x, weight, bias).addmm_(z_one, b.to(x.dtype).T))
+                continue
+            whole = joined(weight, b, spare, rows, z_one)
+            outputs.append(rows @ whole if bias is None else torch.addmm(bias, rows, whole))  # (T, out)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):  # noqa: ANN001, ANN205
-        x, z, weight, lora_a, lora_b, keys = ctx.saved_tensors
-        (rank, dim), wants_x = lora_a.shape, ctx.needs_input_grad[0]
-        spare, dx = x.shape[1] - dim, None
-        if wants_x and spare:
-            dx = g @ _with_b(weight, lora_b, spare).T  # (T, in + spare)
-            dz = dx[:, dim : dim + rank]
-        else:
-            dx = g @ weight if wants_x else None
-            dz = g @ lora_b.to(g.dtype)
-        d_a = _finish(ctx, x, keys, lora_a.contiguous(), dz, dx)
-        d_b = (g.T @ z).to(lora_b.dtype)
-        return dx, None, None, d_a.to(lora_a.dtype), d_b, None, None, None, None, None
+    def backward(ctx, *gs):  # noqa: ANN001, ANN002, ANN205
+        x, keys, z, *tensors = ctx.saved_tensors
+        weights, _, matrices, bs = (tensors[i::4] for i in range(4))
+        (rank, dim), dxs, dzs = matrices[0].shape, [], []
+        for g, weight, b in zip(gs, weights, bs, strict=True):
+            if ctx.needs_input_grad[0] and x.shape[1] > dim:
+                dxs.append(g @ joined(weight, b, x.shape[1] - dim).T)  # (T, in + spare)
+                dzs.append(dxs[-1][:, dim : dim + rank])
+                continue
+            dxs += [g @ weight] if ctx.needs_input_grad[0] else []
+            dzs.append(g @ b.to(g.dtype))
+        d_a = adapters_backward(x, keys, matrices, ctx.streams, ctx.below, ctx.scale, dzs, dxs)
+        found = []
+        for g, z_one, a, d_a_one, b in zip(gs, z, matrices, d_a, bs, strict=True):
+            found += [None, None, d_a_one.to(a.dtype), (g.T @ z_one).to(b.dtype)]
+        return dxs[0] if dxs else None, None, None, None, None, None, *found
 
 
-def _finish(
-    ctx: torch.autograd.function.FunctionCtx,
-    x: Tensor,
-    keys: Tensor | None,
-    lora_a: Tensor,
-    dz: Tensor,
-    dx: Tensor | None,
-) -> Tensor:
-    """Return dA (R, in) fp32, and add the adapter's part to dx, where there is one.  dz: (T, R), not scaled."""
-    n_tokens, (rank, dim) = len(x), lora_a.shape
-    if not n_tokens:
-        return torch.zeros_like(lora_a)
-    tile, block = BACKWARD_TILES[x.itemsize], block_r(rank)
-    n_blocks = triton.cdiv(dim, tile["BLOCK_C"])
-    n_shares = min(triton.cdiv(N_PROGRAMS, n_blocks), triton.cdiv(n_tokens, tile["BLOCK_T"]))
-    rows, found = x if x.stride(1) == 1 else x.contiguous(), []
-    for a, part in zip(lora_a.split(block), dz.split(block, dim=1), strict=True):
-        partial = x.new_empty(n_shares, len(a), dim, dtype=torch.float32)
-        _lora_linear_backward_kernel[(n_blocks, n_shares)](
-            rows, keys, a, part, dx, partial, n_tokens, dim, len(a), rows.stride(0), part.stride(0),
-            0 if dx is None else dx.stride(0), ctx.stream, ctx.drop_below, ctx.factor, DROPS=keys is not None,
-            DX=dx is not None, BLOCK_R=block, **tile,
-        )  # fmt: skip
-        found.append(partial.sum(0))
-    return found[0] if len(found) == 1 else torch.cat(found)
+def joined(weight: Tensor, lora_b: Tensor, spare: int, x: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+    """Cast B into the room behind a weight and return [W | B]^T, (in + spare, out).
 
-
-def _with_b(weight: Tensor, lora_b: Tensor, spare: int) -> Tensor:
-    """Cast B into the spare rows and return [W | B]^T, (in + spare, out).
-
-    By .data: what autograd saved of the frozen weight stays valid.
+    x, z: where given, z (T, R) is put into the spare columns of x (T, in + spare) as well.
     """
-    n_out, dim = weight.shape
-    whole = weight.data.as_strided((dim + spare, n_out), (n_out, 1))
-    rank = lora_b.shape[1]
-    whole[dim : dim + rank].copy_(lora_b.T)
-    if rank < spare:
-        whole[dim + rank :].zero_()
+    (n_out, dim), rank = weight.shape, lora_b.shape[1]
+    whole = weight.detach().as_strided((dim + spare, n_out), (n_out, 1))
+    room, n_tokens = whole[dim:], 0 if z is None else len(z)
+    _lora_linear_join_kernel[(triton.cdiv(max(n_out, n_tokens), BLOCK_JOINED),)](
+        room if x is None else x, room if z is None else z, room, lora_b.contiguous(), n_tokens, n_out, dim, rank,
+        spare, 0 if x is None else x.stride(0), BLOCK=BLOCK_JOINED, BLOCK_R=triton.next_power_of_2(spare),
+    )  # fmt: skip
     return whole
 
 
 def lora_linear_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    keys: Tensor | None,
-    stream: int,
-    drop_below: int,
-    is_read: bool,
-) -> Tensor:
-    """Do a linear and its adapter by the kernels, on Linux.  Arguments as `lora_linear`, x fp32 or bf16, stream signed.
+    x: Tensor, linears: Sequence[Adapted], scale: float, drop: Drop, is_read: bool
+) -> tuple[Tensor, ...]:
+    """Do frozen linears that read one x, and their adapters, by the kernels, on Linux.
 
-    Raises ValueError where a shape does not fit, or where x has spare columns and weight has no room behind it.
+    Arguments and result as `lora_linear`, x fp32 or bf16, up to MOST_LINEARS.
+    Raises ValueError where a shape does not fit, or where x has spare columns and a weight has no room behind it.
     """
-    n_out, dim = weight.shape
+    dim, rank = linears[0].weight.shape[1], len(linears[0].lora_a)
     spare = x.shape[-1] - dim
-    if x.ndim != 2 or spare < 0 or lora_a.shape[1:] != (dim,) or lora_b.shape != (n_out, len(lora_a)):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, lora_a, lora_b))
-        raise ValueError(f"x must be (T, in), weight (out, in), lora_a (R, in), lora_b (out, R): got {shapes}")
-    if spare and (spare < len(lora_a) or weight.stride() != (1, n_out)):
-        got = f"{spare} spare columns, weight's strides {weight.stride()}"
-        raise ValueError(f"spare columns must hold R = {len(lora_a)} and weight must be `with_room`: got {got}")
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, keys, stream, drop_below, is_read)
+    for weight, _, a, b, _ in linears:
+        n_out = len(weight)
+        if x.ndim != 2 or spare < 0 or weight.shape[1] != dim or a.shape != (rank, dim) or b.shape != (n_out, rank):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, a, b))
+            raise ValueError(f"x must be (T, in), weight (out, in), lora_a (R, in), lora_b (out, R): got {shapes}")
+        if spare and (spare < rank or weight.stride() != (1, n_out)):
+            got = f"{spare} spare columns, weight's strides {weight.stride()}"
+            raise ValueError(f"spare columns must hold R = {rank} and weight must be `with_room`: got {got}")
+    return _LoraLinear.apply(x, *flattened(linears, scale, drop, is_read))

@@ -272,13 +272,14 @@ def describe(plan: Plan) -> str:
     c, chosen, card, work, ranks = plan.sizes.config, plan.chosen, plan.card, plan.work, plan.ranks
     setting, traffic = chosen.setting, chosen.traffic
     framework = card.framework_mib + (card.group_mib if ranks.world_size > 1 else 0)
-    n_tokens, run_h = work.batch_size * work.tokens, work.n_steps / 3600
+    n_tokens = work.batch_size * work.tokens
+    steps = "an unknown number of" if work.n_steps is None else f"{work.n_steps:,}"
     frozen = 0 if plan.sizes.full else plan.sizes.whole
     return f"""predicted, not measured
 model      {c.family}, {c.n_layers} blocks, dim {c.dim}; {frozen:,} frozen and {plan.sizes.trained:,} trainable numbers
 card       {ranks.world_size} x {card.name}, {card.memory_mib:,} MiB each, {card.flops / 1e12:,.3g} TFLOP/s peak \
 ({card.source}), {card.efficiency:.3g} of it assumed for a step
-run        {work.n_steps:,} steps of {work.batch_size:,} examples, {work.tokens:,.1f} tokens each ({work.source})
+run        {steps} steps of {work.batch_size:,} examples, {work.tokens:,.1f} tokens each ({work.source})
 setting    {plan.why}
 strategy = {setting.strategy}  micro_batch_tokens = {setting.micro_batch_tokens}  recompute = {setting.recompute}
 MiB of a rank, at the fullest moment of a step of {chosen.n_micro_batches} micro-batches:
@@ -295,6 +296,14 @@ a step, each rank:
   {chosen.hidden_s:>12,.4g}  s with gathering hidden behind products ({n_tokens / chosen.hidden_s:,.0f} tokens/s), \
 {chosen.exposed_s:,.4g} s with nothing hidden
 the run:
-  {chosen.hidden_s * run_h:>12,.4g}  h with gathering hidden, {chosen.exposed_s * run_h:,.4g} h with nothing hidden; \
-{work.n_steps * n_tokens / 1e6:,.4g} million tokens
+{_length_of_run(chosen, work)}
 """
+
+
+def _length_of_run(chosen: Estimate, work: Workload) -> str:
+    if work.n_steps is None:
+        return "  not known: train.epochs counts records, which --assume-lengths leaves unread; give --steps N"
+    hidden, exposed = (work.n_steps * seconds / 3600 for seconds in (chosen.hidden_s, chosen.exposed_s))
+    n_tokens = work.n_steps * work.batch_size * work.tokens
+    return f"  {hidden:>12,.4g}  h with gathering hidden, {exposed:,.4g} h with nothing hidden; {n_tokens / 1e6:,.4g} \
+million tokens"

@@ -1,8 +1,9 @@
 """Memory, traffic and time of a run before it begins: `python -m e5core.plan CONFIG.toml [section.key=value ...]`.
 
 No weights are loaded: config.json (or a .gguf file's head) says the sizes. Where tokenizer and training records are
-there, tokens are counted on a sample; else lengths are assumed, and said to be. `batch.micro_batch_tokens = "auto"` and
-`batch.recompute = "auto"` are chosen for the card, as training does on its own.
+there, tokens are counted on a sample; else lengths are assumed, and said to be. With --assume-lengths they always are,
+and no record is read. `batch.micro_batch_tokens = "auto"` and `batch.recompute = "auto"` are chosen for the card, as
+training does on its own.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def plan(
     """Plan a run.
 
     gpu: a key of cards.CARDS, "cpu" (this one, measured), or None for this machine's device.  n_steps: in place of the
-    config's.  Raises ValueError or OSError for a config, model or record that cannot be read.
+    config's.  assume_lengths: no record is read, so an epoch's number of steps stays unknown.
+    Raises ValueError or OSError for a config, model or record that cannot be read.
     """
     path = resolve_model(config.backbone.path)
     if gpu in CARDS:
@@ -55,9 +57,11 @@ def plan(
 
 
 def _workload(config: Config, path: Path, n_steps: int | None, assume_lengths: bool) -> Workload:
+    if assume_lengths:
+        return assumed(config.batch, n_steps or config.train.steps)
     mixture, _ = load_mixture(config.data, config.train.seed)
     n_steps = n_steps or total_steps(config, mixture)
-    if assume_lengths or not _has_tokenizer(path):
+    if not _has_tokenizer(path):
         return assumed(config.batch, n_steps)
     return counted(mixture, Tokenizer.load(path, config.tokenizer), config.batch, n_steps)
 
@@ -80,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--per-node", type=int, default=8, help="ranks of a node (default: 8)")
     parser.add_argument("--strategy", choices=["auto", *STRATEGIES], default="auto", help="how the model is sharded")
     parser.add_argument("--steps", type=int, help="of the run, in place of what config and records give")
-    parser.add_argument("--assume-lengths", action="store_true", help="of texts, though they could be counted")
+    parser.add_argument("--assume-lengths", action="store_true", help="of texts; no record is read")
     arguments = parser.parse_intermixed_args(argv)  # overrides and options in any order
     for name in ("world_size", "per_node"):
         if vars(arguments)[name] < 1:

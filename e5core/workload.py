@@ -17,7 +17,7 @@ SAMPLE = 512  # examples that are tokenised to know the lengths of all
 class Workload:
     """A run as a machine sees it."""
 
-    n_steps: int
+    n_steps: int | None  # None: unknown, since epochs count records
     batch_size: int
     candidates: float  # of an example
     tokens: float  # of an example, all its texts
@@ -49,7 +49,7 @@ def _first_records(mixture: Mixture, batch: BatchConfig) -> list[Record]:
     return records
 
 
-def assumed(batch: BatchConfig, n_steps: int) -> Workload:
+def assumed(batch: BatchConfig, n_steps: int | None) -> Workload:
     """Take log-normal lengths (DESIGN section 5, workload W64: 401 tokens a triple) where there is nothing to count."""
     n, normal = 64, NormalDist()
     points = [normal.inv_cdf((i + 0.5) / n) for i in range(n)]
@@ -62,7 +62,7 @@ def assumed(batch: BatchConfig, n_steps: int) -> Workload:
 
 
 def _workload(
-    n_steps: int, batch: BatchConfig, examples: Sequence[int], lengths: Sequence[int], source: str
+    n_steps: int | None, batch: BatchConfig, examples: Sequence[int], lengths: Sequence[int], source: str
 ) -> Workload:
     return Workload(
         n_steps=n_steps,

@@ -361,3 +361,28 @@ def test_the_command_line_counts_tokens_and_steps_where_it_can(
     shown = capsys.readouterr().out
     assert "6 steps of 8 examples" in shown and "examples of the training records, tokenised" in shown
     assert "strategy = none  micro_batch_tokens = 400  recompute = none" in shown
+
+
+@pytest.mark.parametrize("name", ["e5_mistral_full", "e5_mistral_7b_8xh100"])
+def test_assumed_lengths_need_no_records_but_an_epoch_s_steps_do(
+    name: str, seven_b: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no source of any config is
+    command = [str(ROOT / f"configs/{name}.toml"), f"backbone.path={seven_b}", "--assume-lengths", "--gpu", "h100"]
+    assert main([*command, "--steps", "879"]) == 0
+    head, _, run = capsys.readouterr().out.partition("the run:")
+    assert "run        879 steps of 2,048 examples" in head and "h with gathering hidden" in run
+    assert main(command) == 0
+    unknown_head, _, unknown_run = capsys.readouterr().out.partition("the run:")
+    assert unknown_head == head.replace("879 steps", "an unknown number of steps")
+    assert "train.epochs counts records, which --assume-lengths leaves unread; give --steps N" in unknown_run
+
+
+def test_assumed_lengths_take_the_steps_that_a_config_gives(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_file.write_text(config_file.read_text().replace(str(SYNTHETIC), "nowhere"))
+    assert main([str(config_file), "--gpu", "cpu", "--assume-lengths"]) == 0
+    assert "6 steps of 8 examples" in capsys.readouterr().out
+    assert main([str(config_file), "--gpu", "cpu"]) == 2
+    assert "nowhere" in capsys.readouterr().err

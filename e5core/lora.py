@@ -160,15 +160,23 @@ def make_room(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> N
     the op that makes it, and their weights lie transposed with room for B behind them. Elsewhere nothing is changed.
     dtype, device: of the weights to come.
     """
+    for _, maker, linears in adapted_readers(backbone):
+        maker.spare = room_of(len(linears[0].lora_a), dtype, device)
+        for linear in linears if maker.spare else ():
+            linear.weight = nn.Parameter(with_room(linear.weight.detach(), maker.spare), requires_grad=False)
+
+
+def adapted_readers(backbone: Backbone) -> Iterator[tuple[int, nn.Module, list[LoraLinear]]]:
+    """Yield, block by block, the groups of READERS that are adapted as a whole and not in fp8, which room suits.
+
+    Each with its place in READERS, the module that makes what it reads, and its linears.
+    """
     for layer in backbone.layers:
         makers = (layer.attention_norm, layer.attention, layer.ffn_norm, layer.feed_forward)
-        for maker, readers in zip(makers, READERS, strict=True):
+        for place, (maker, readers) in enumerate(zip(makers, READERS, strict=True)):
             linears = [owner_of(layer, name).get_submodule(name) for name in readers]
-            adapted = [x for x in linears if isinstance(x, LoraLinear) and not x.is_fp8]
-            if len(adapted) == len(linears):
-                maker.spare = room_of(len(adapted[0].lora_a), dtype, device)
-            for linear in adapted if maker.spare else ():
-                linear.weight = nn.Parameter(with_room(linear.weight.detach(), maker.spare), requires_grad=False)
+            if all(isinstance(linear, LoraLinear) and not linear.is_fp8 for linear in linears):
+                yield place, maker, linears
 
 
 def init_lora(

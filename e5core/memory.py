@@ -17,6 +17,7 @@ product, what adapted linears read has spare columns, and so many rows are behin
 
 import resource
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from e5core.backbone import Backbone, BackboneConfig
 from e5core.cards import MIB
 from e5core.encoder import Pooling
 from e5core.fp8 import apply_fp8
-from e5core.lora import LINEARS, READERS, LoraConfig, adapters, apply_lora
+from e5core.lora import LINEARS, READERS, LoraConfig, adapted_readers, adapters, apply_lora
 from e5core.recompute import Policy
 from e5kernels import attention, dropout, fp8, infonce, rms_norm, swiglu
 from e5kernels.lora_linear import room_of
@@ -50,6 +51,7 @@ class Sizes(NamedTuple):
     scales: int = 0  # of these, fp32
     widest: int = 0  # the largest of these matrices
     full: bool = False  # all weights are trained, and there are no adapters
+    n_with_room: tuple[int, ...] = (0,) * len(READERS)  # of each of these, in how many blocks room suits its weights
 
     @property
     def whole(self) -> int:
@@ -115,26 +117,26 @@ def sizes_of(
     trainable = sum(linear.lora_a.numel() + linear.lora_b.numel() for _, linear in adapters(backbone))
     block = (sum(own.values()) - norms - biases - root) // config.n_layers
     sizes = Sizes(config, lora or _WHOLE, block, norms, root, trainable, biases, pooling, full=lora is None)
-    if fp8_skip is None:
-        return sizes
-    apply_fp8(backbone, fp8_skip)
+    if fp8_skip is not None:
+        apply_fp8(backbone, fp8_skip)
+        sizes = _in_fp8(sizes, backbone)
+    n_blocks = Counter(place for place, *_ in adapted_readers(backbone))
+    return sizes._replace(n_with_room=tuple(n_blocks[place] for place in range(len(READERS))))
+
+
+def _in_fp8(sizes: Sizes, backbone: Backbone) -> Sizes:
     codes = [p.numel() for name, p in backbone.named_parameters() if name.endswith(".weight") and p.dtype == fp8.E4M3]
     scales = sum(p.numel() for name, p in backbone.named_parameters() if name.endswith("_scale"))
     return sizes._replace(quantised=sum(codes), scales=scales, widest=max(codes))
 
 
 def room_numbers(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
-    """Count the numbers for which one block's weights have room behind them."""
-    c, targets = sizes.config, sizes.lora.targets
+    """Count the numbers for which one block's weights have room behind them, on average over the blocks."""
+    c = sizes.config
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     widths = dict(zip(LINEARS, (q, kv, kv, c.dim, c.hidden_dim, c.hidden_dim, c.dim), strict=True))
-    n_out = sum(widths[name] for readers in READERS if {*readers} <= {*targets} for name in readers)
-    return spare_of(sizes, dtype, device) * n_out
-
-
-def spare_of(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> int:
-    """Say how many columns stand behind a row that adapters read.  In fp8 none: what fp8_skip leaves is not counted."""
-    return 0 if sizes.quantised or sizes.full else room_of(sizes.lora.rank, dtype, device)
+    n_out = sum(n * widths[name] for n, readers in zip(sizes.n_with_room, READERS, strict=True) for name in readers)
+    return room_of(sizes.lora.rank, dtype, device) * n_out // c.n_layers
 
 
 def ledger(
@@ -244,7 +246,10 @@ class _Tokens:
         self.e, self.wide = dtype.itemsize, max(4, dtype.itemsize)
         self.plain = {op: op.face(device) == "reference" for op in (attention, dropout, fp8, rms_norm, swiglu)}
         self.plain[rms_norm] |= sizes.full and device.type == "cpu"  # whose compiled op knows no gradient of the weight
-        self.spare, self.full = spare_of(sizes, dtype, device), sizes.full
+        spare, self.full = room_of(sizes.lora.rank, dtype, device), sizes.full
+        # columns behind what each of READERS reads, on average over the blocks
+        per_block = (spare * n // self.c.n_layers for n in sizes.n_with_room)
+        self.spare = dict(zip(READERS, per_block, strict=True))
         self.q, self.kv = self.c.n_heads * self.c.head_dim, self.c.n_kv_heads * self.c.head_dim
 
     def kept(self, policy: Policy, n_tokens: int) -> int:
@@ -304,5 +309,4 @@ class _Tokens:
     def _inputs(self, names: tuple[str, ...], width: int) -> int:
         """Return what the adapters of linears with one input keep: that once, and a z each."""
         n_adapted = sum(name in self.lora.targets for name in names)
-        width += self.spare if n_adapted == len(names) else 0
-        return (width + n_adapted * self.lora.rank) * self.e if n_adapted else 0
+        return (width + self.spare[names] + n_adapted * self.lora.rank) * self.e if n_adapted else 0

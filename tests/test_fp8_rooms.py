@@ -14,10 +14,13 @@ from test_spare_columns import assert_same_bits, block_operations, built, rooms,
 
 from e5core.distributed import ALONE
 from e5core.encoder import EmbeddingModel
-from e5core.fp8 import CAPABILITY
-from e5core.lora import LINEARS
+from e5core.fp8 import CAPABILITY, apply_fp8
+from e5core.lora import LINEARS, LoraConfig, adapters, make_room
+from e5core.memory import Load, Ranks, Setting, ledger, room_numbers, sizes_of
 from e5core.recompute import Policy
 from e5core.sharding import Strategy
+from e5core.weights import read_config
+from e5kernels.lora_linear import room_behind
 
 FIRST_DOWN = "layers.0.feed_forward.w_down"
 QKV = LINEARS[:3]
@@ -108,3 +111,40 @@ def test_two_ranks_that_gather_codes_and_weights_with_room_do_the_references_ste
     for rank in ranks:
         for got, gradient in zip(rank["gradients"], expected, strict=True):
             assert np.linalg.norm(got - gradient) < 1e-3 * first
+
+
+@pytest.mark.parametrize(
+    ("skip", "targets", "n_spare"),
+    [
+        (None, LINEARS, 2 * 64),
+        (None, ("wq", "wv", "w_down"), 2 * 16),
+        ((), LINEARS, 0),
+        (("w_down",), LINEARS, 2 * 16),
+        (("wk", "wo", "w_gate", FIRST_DOWN), LINEARS, 3 * 16),
+        ((*QKV, "w_up"), ("wq", "wk", "w_gate", "w_up"), 0),
+    ],
+)
+def test_a_plan_counts_the_rooms_that_are_there(
+    skip: tuple[str, ...] | None,
+    targets: tuple[str, ...],
+    n_spare: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_embedder(tmp_path)
+    by_triton(monkeypatch)
+    config, lora, bf16 = read_config(tmp_path), LoraConfig(rank=3, targets=targets), torch.bfloat16
+    with torch.device("meta"):
+        model = EmbeddingModel(config, lora)
+    if skip is not None:
+        apply_fp8(model.backbone, skip)
+    make_room(model.backbone, bf16, DEVICE)
+    behind = sum(room_behind(linear.weight) * len(linear.weight) for _, linear in adapters(model.backbone))
+    sizes = sizes_of(config, lora, "mean", skip)  # by a mean all blocks are alike
+    assert config.n_layers * room_numbers(sizes, bf16, DEVICE) == behind
+    setting, load = Setting("none", 10, "none"), Load(10, 0, 10, 2, 1, 1)
+    kept = ledger(sizes, setting, Ranks(1), load, bf16, DEVICE)["activations kept"]
+    monkeypatch.setattr("e5kernels.lora_linear.face", lambda device: "reference")
+    without = ledger(sizes, setting, Ranks(1), load, bf16, DEVICE)["activations kept"]
+    assert sum(map(sum, spares(model))) == n_spare
+    assert kept - without == 10 * bf16.itemsize * n_spare

@@ -153,6 +153,7 @@ def ledger(
     matrices = sizes.matrices(e) // n_layers + e * room_numbers(sizes, dtype, device)
     block = matrices + wide * sizes.norms // n_layers + e * sizes.biases // n_layers
     own_adapters = wide * sizes.adapters // shards
+    gathered = 2 * (block + wide * sizes.adapters // n_layers) + e * sizes.root  # which stays whole beside two blocks
     tokens = _Tokens(sizes, dtype, device)
     first = tokens.kept(setting.recompute, load.tokens) + tokens.working(setting.recompute, load.tokens)
     later = tokens.kept(setting.recompute, load.next_tokens) + tokens.working(setting.recompute, load.next_tokens)
@@ -162,7 +163,7 @@ def ledger(
     working = tokens.working(setting.recompute, at_peak)
     lines = {
         "frozen weights": (block * n_layers + e * sizes.root) // shards,
-        "gathered units": 0 if shards == 1 else max(2 * block, block + e * sizes.root) + 2 * own_adapters // n_layers,
+        "gathered units": 0 if setting.strategy == "none" else gathered,
         "adapters (fp32)": own_adapters,
         "gradients of adapters": gradients,
         "AdamW's moments": 2 * own_adapters,

@@ -102,7 +102,7 @@ def training(
     model = sharded_model(world, embedder, strategy, DTYPES[dtype], recompute)
     tokenizer, config = Tokenizer.load(Path(embedder)), BatchConfig(size=7, max_tokens=400, negatives=2)
     optimizer = make_optimizer(model, OPTIM)
-    found: dict[str, Any] = {"losses": [], "norms": [], "n_micro_batches": []}
+    found: dict[str, Any] = {"losses": [], "norms": [], "n_micro_batches": [], "whole": whole_bytes(model.shards)}
     for step in range(N_STEPS):
         batch = build_batch(made_records(7), tokenizer, config, seed=1, step=step, world=world)
         with recorded() as calls:
@@ -122,6 +122,21 @@ def training(
     found["kept"] = found["storages"] if model.shards is None else kept_bytes(model.shards)
     found["slices"] = {name: (part.start, len(part.values), part.shape) for name, part in optimizer.state().items()}
     return found
+
+
+def whole_bytes(shards: Shards | None) -> list[int]:
+    """Return a list of one number: how many bytes are gathered at once, at most from here on, the root's too."""
+    most = [0]
+    if shards is not None:
+        gather = shards._gather
+
+        def counted(unit: Any) -> None:
+            gather(unit)
+            storages = [flat.whole.untyped_storage() for each in shards._all() for flat in each.flats]
+            most[0] = max(most[0], sum(storage.size() for storage in storages))
+
+        shards._gather = counted
+    return most
 
 
 def kept_bytes(shards: Shards) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import moments, save_embedder
+from rank_laws import CPU, DTYPES, LORA
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from shard_laws import BUDGETS, CASES, N_STEPS, four_ranks, fully_trained, loaded, training, two_ranks, vectors
@@ -18,6 +19,7 @@ from e5core import checkpoint
 from e5core.distributed import ALONE
 from e5core.encoder import EmbeddingModel
 from e5core.lora import LoraConfig
+from e5core.memory import Load, Ranks, Setting, ledger, sizes_of
 from e5core.sharding import Shards, settle_strategy
 from e5core.weights import read_config
 
@@ -168,6 +170,22 @@ def test_a_rank_holds_its_part_and_at_most_two_units_at_a_time(
             assert full["kept"] < 0.26 * none["storages"]
         cases = [case for case in rank.values() if case["traffic"] is not None]
         assert {case["traffic"]["most_gathered"] for case in cases} == {2}
+
+
+@pytest.mark.parametrize("case", [*CASES, ("full", "float64", 110, "one")])
+def test_the_root_and_two_blocks_are_whole_at_once_as_a_plan_counts_them(
+    case: tuple[str, ...], four: list[dict[Any, Any]], embedder: Path
+) -> None:
+    (strategy, name, budget, *alone), sizes = case, sizes_of(read_config(embedder), LORA)
+    ranks = Ranks(1) if alone else Ranks(4, per_node=2)
+    runs = [training(ALONE, str(embedder), *case[:3])] if alone else [rank[case] for rank in four]
+    shards = ranks.shards(strategy)
+    *blocks, root = layout(embedder, shards, DTYPE_BYTES[name])
+    whole = shards * (2 * sum(blocks[0].values()) + sum(root.values()))
+    assert [found["whole"] for found in runs] == [[whole]] * len(runs)
+    load = Load(budget, 0, budget, 28, 7, 21)
+    planned = ledger(sizes, Setting(strategy, budget, "none"), ranks, load, DTYPES[name], CPU)["gathered units"]
+    assert planned == pytest.approx(whole, rel=0.02)  # less what is laid out at multiples of 16 numbers
 
 
 def test_the_slices_of_all_ranks_are_the_whole(four: list[dict[Any, Any]]) -> None:

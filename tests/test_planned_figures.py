@@ -58,6 +58,7 @@ def test_the_tables_of_scaling_are_what_the_plan_says(options: str, cells: list[
     assert re.sub(r"one pass of | tokens|recompute ", "", setting).removeprefix(f"{strategy}, ") == (
         f"{int(tokens):,}, {policy}"
     )
+    assert "one pass" not in setting or "of a step of 1 micro-batches" in said
     peaks = re.findall(r"([\d,.]+)  (?:peak of torch's allocator|with what the framework keeps)", said)
     assert figures in (hours(said), peaks)
 

@@ -2,7 +2,7 @@
 
 check   says of each source what is there and what is missing, how many rows it has and gives to an epoch, how long its
         texts are, and shows three examples as the model will see them: text and ids. Then it says which texts occur
-        in the config's evaluation sets, and in the sets below --against's folders.
+        in the config's evaluation sets, of those that they are scored on, and in any file below --against's folders.
 build   joins and decompresses each source once into a store below data.store, which training then reads instead: any
         number of rows in constant memory. A store that still is its source's is left as it is.
 """
@@ -57,12 +57,13 @@ def check(config: Config, against: Sequence[Path] = ()) -> int:
             n_bad += 1
     _log_epoch(config, lengths)
     log(f"{len(lengths) - n_bad} of {len(lengths)} sources are there{'' if n_bad else '; nothing is missing'}")
-    evaluated = [Path(item.path) for item in (*config.eval.sets, *config.eval.report)]
-    return n_bad + _check_overlap(config, usable, list(dict.fromkeys([*evaluated, *against])))
+    evaluated = [item.tested for item in (*config.eval.sets, *config.eval.report)]
+    return n_bad + _check_overlap(config, usable, evaluated, against)
 
 
-def _check_overlap(config: Config, sources: Sequence[Source], sets: Sequence[Path]) -> int:
+def _check_overlap(config: Config, sources: Sequence[Source], own: Sequence[Path], against: Sequence[Path]) -> int:
     """Say which texts of the sources occur in evaluation sets.  Returns the number of sets that are missing."""
+    sets = list(dict.fromkeys([*own, *against]))
     missing = [path for path in sets if not path.exists()]
     for path in missing:
         log(f"missing evaluation set: {path}")
@@ -71,6 +72,8 @@ def _check_overlap(config: Config, sources: Sequence[Source], sets: Sequence[Pat
         log("no texts compared with evaluation sets: there must be a source, and a set in [eval] or by --against")
         return len(missing)
     log("\ntexts of the training data in evaluation sets (labels and ids of a set count too: look at the examples)")
+    if any(path.is_dir() for path in against):
+        log("   below --against's folders every file counts, a train split's too; name a file to compare with it alone")
     for name, overlap in find_overlap(_records(config, sources), there, n_examples=N_EXAMPLES).items():
         sides = ", ".join(f"{n:,} {side}" for side, n in overlap.n_texts.items())
         log(f"   {name}: {overlap.n_records:,} records ({sides})")

@@ -86,6 +86,12 @@ class EvalSet:
         return f"{path.parent.name}-{path.stem}" if path.stem in ("dev", "valid", "train") else path.stem
 
     @property
+    def tested(self) -> Path:
+        """The file or folder of the texts that the scores are of; a classification's train.jsonl is none of them."""
+        path = Path(self.path)
+        return path if self.kind in ("retrieval", "sts", "bitext") else path / "test.jsonl"
+
+    @property
     def instruction(self) -> str:
         """The task, or the one that goes with the name or the kind; "" = none."""
         if self.task is not None:

@@ -118,3 +118,43 @@ def test_data_check_counts_what_the_sets_of_eval_and_against_have_too(
     assert f"{SCIFACT}: 0 records (0 query, 0 positive, 0 negative)\n" in said
     assert main(["check", "c.toml", "--against", "nowhere"]) == 1
     assert "missing evaluation set: nowhere" in capfd.readouterr().err
+
+
+CLASSIFIED = """
+[train]
+run = "run"
+steps = 1
+[backbone]
+path = "model"
+[[data.sources]]
+path = "source.jsonl"
+[[eval.report]]
+kind = "classification"
+path = "intents"
+task = "Find the intent."
+"""
+
+
+def test_data_check_compares_with_the_texts_that_a_classification_holds_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("intents").mkdir()
+    for split, text in (("train", "my card is lost"), ("test", "where is my card")):
+        Path(f"intents/{split}.jsonl").write_text(json.dumps({"text": text, "label": "card"}) + "\n")
+    rows = [{"id": f"r{i}", "query": text, "pos": ["card"]} for i, text in enumerate(["my card is lost", "who is it"])]
+    Path("source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("c.toml").write_text(CLASSIFIED)
+    assert main(["check", "c.toml", "--against", "intents"]) == 0
+    said = capfd.readouterr().err.partition("texts of the training data in evaluation sets")[2]
+    held_out = Path("intents/test.jsonl")
+    assert f"{held_out}: 2 records (0 query, 2 positive, 0 negative)" in said, "its label, as of any set"
+    assert "below --against's folders every file counts, a train split's too" in said
+    assert "   intents: 2 records (1 query, 2 positive, 0 negative)\n      r0, query: 'my card is lost'" in said
+    Path("source.jsonl").write_text(json.dumps({"query": "Where is  my card", "pos": ["lost"]}) + "\n")
+    assert main(["check", "c.toml"]) == 0
+    said = capfd.readouterr().err
+    assert f"{held_out}: 1 records (1 query, 0 positive, 0 negative)" in said
+    held_out.unlink()
+    assert main(["check", "c.toml"]) == 1
+    assert f"missing evaluation set: {held_out}" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""How much text a run's steps hold: counted on a sample of the records, or assumed where there is nothing to count."""
+"""How much text a run's steps hold: counted on a sample of the records, or assumed where none are counted."""
 
 import math
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def _first_records(mixture: Mixture, batch: BatchConfig) -> list[Record]:
 
 
 def assumed(batch: BatchConfig, n_steps: int | None) -> Workload:
-    """Take log-normal lengths (DESIGN section 5, workload W64: 401 tokens a triple) where there is nothing to count."""
+    """Take log-normal lengths (DESIGN section 5, workload W64: 401 tokens a triple) where none are counted."""
     n, normal = 64, NormalDist()
     points = [normal.inv_cdf((i + 0.5) / n) for i in range(n)]
     queries = [min(256, batch.max_tokens, max(16, int(math.exp(3.8 + 0.5 * z)))) for z in points]
@@ -58,7 +58,7 @@ def assumed(batch: BatchConfig, n_steps: int | None) -> Workload:
     steps = [17 * (k + 1) for k in range(1 + batch.negatives)]  # which document stands beside which query
     texts = [[query, *(documents[(i * step) % n] for step in steps)] for i, query in enumerate(queries)]
     lengths = [length for own in texts for length in own]
-    return _workload(n_steps, batch, list(map(sum, texts)), lengths, "log-normal, assumed: no records and tokenizer")
+    return _workload(n_steps, batch, list(map(sum, texts)), lengths, "log-normal, assumed: none was counted")
 
 
 def _workload(

@@ -50,9 +50,10 @@ def quantise_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise rows by plain torch; the definition.  Arguments and result as `quantise_rows`."""
     wide = x.float()
     amax = wide.abs().amax(-1, keepdim=True).clamp(min=LEAST_AMAX)
-    scaled = wide * (torch.full_like(amax, LARGEST) / amax)  # a number over a tensor would be rounded twice
+    largest = torch.full_like(amax, LARGEST)  # with a number for it torch multiplies by a reciprocal: rounded twice
+    scaled = wide * (largest / amax)
     # torch's cast takes an infinity to 448, or to NaN, by its release; none reaches it, since inf * 0 is NaN.
-    return scaled.to(E4M3), amax / LARGEST
+    return scaled.to(E4M3), amax / largest
 
 
 def face(device: torch.device) -> str:

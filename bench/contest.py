@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from e5core.distributed import log
+from e5core.memory import is_out_of_memory
 
 OUT_OF_MEMORY, TOO_SLOW = "out of memory", "too slow"
 MEMORY_SIGNS = ("not enough memory", "annot allocate memory", "OutOfMemoryError", "MemoryError", "bad_alloc")
@@ -104,6 +105,14 @@ def run_module(command: Sequence[str], limit: float) -> dict[str, Any] | str:
     if done.returncode != 0:
         raise RuntimeError(f"python -m {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def why_failed(error: BaseException) -> str:
+    """Say in a row why it has no figures: OUT_OF_MEMORY, or the error's kind and its last line."""
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    told = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {told[-1][:300] if told else ''}"
 
 
 def timed_turn(step: Callable[[], Tensor], device: torch.device, runs: int) -> dict[str, Any]:

@@ -4,10 +4,11 @@
 
 An op's file yields cases. Each implementation is first held to the definition, by the rule of the tests: in outputs and
 gradients its error against the reference in a wider dtype is at most twice that of plain torch in the same dtype. What
-fails is told in its row and by the exit status. Then forward (with what a backward pass needs), backward, and both are
-timed: median, 20th and 80th percentile. The floor of a case is the larger one of its bytes at the copy's rate and its
-FLOPs at the best product's, both measured in the same run (bench/roofline.py). Peak MiB are those beyond what there was
-before the call: by CUDA's allocator, or on the CPU by a profile of all allocations.
+fails, or raises, is told in its row and by the exit status, and the others are timed all the same. Then forward (with
+what a backward pass needs), backward, and both are timed: median, 20th and 80th percentile. The floor of a case is the
+larger one of its bytes at the copy's rate and its FLOPs at the best product's, both measured in the same run
+(bench/roofline.py). Peak MiB are those beyond what there was before the call: by CUDA's allocator, or on the CPU by a
+profile of all allocations.
 """
 
 import argparse
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
+from triton.errors import TritonError
 
+from bench.contest import OUT_OF_MEMORY, why_failed
 from bench.models import SIZES, default_size
 from bench.roofline import Roofline, chosen_device, measure, record, result_file, times_ms
 from e5core.backbone import BackboneConfig
 from e5core.cards import MIB
-from e5core.memory import is_out_of_memory
 
 MODES = ("forward", "backward", "both")
 COMPILED, REFERENCE = "torch.compile", "eager torch"
@@ -105,7 +107,7 @@ def run(op: str, cases: Callable[[Settings], Iterator[Case]], argv: Sequence[str
     for dtype in chosen:
         for case in cases(Settings(device, dtype, size, tokens)):
             for row in rows_of(case, roofline, device, skipped, arguments.rep_ms):
-                failed += row.get("check", "") == "failed"
+                failed += row.get("check") == "failed" or row.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY
                 named = {"bench": op, "op": op, "shape": case.shape, "dtype": str(dtype).removeprefix("torch.")}
                 record(named | row, device, out)
     return int(failed > 0)
@@ -142,10 +144,8 @@ def rows_of(
                 elif mode in eager:
                     row |= {"x_over_eager": round(eager[mode] / row["ms"], 2)}
                 yield row
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            yield shared | {"failed": "out of memory"}
+        except (RuntimeError, MemoryError, TritonError) as error:
+            yield shared | {"failed": why_failed(error)}
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -175,13 +175,20 @@ def median_seconds(function: Callable[[], object], device: torch.device, runs: i
 
 def record(row: dict[str, object], device: torch.device, out: Path) -> None:
     """Print a result and append it to a JSON-lines file, with device, versions and commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit}
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "commit": _commit()}
     line = json.dumps({**row, "device": device_name(device), **versions})
     print(line, flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def _commit() -> str:
+    """Return the commit's short name; "" where git or the repository's history is missing, as on a lent machine."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
-from bench.contest import median, run_module, seconds_of
+from bench.contest import OUT_OF_MEMORY, TOO_SLOW, median, run_module, seconds_of, why_failed
 from bench.models import SIZES, random_model
 from bench.roofline import FP8, chosen_device, peak_flops, record, takes_fp8
 from bench.step_limit import Limit, model_flops
@@ -31,7 +32,7 @@ from e5core.config import load_config
 from e5core.encoder import BackboneSource, EmbeddingModel
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
-from e5core.memory import is_out_of_memory, measured_peak
+from e5core.memory import measured_peak
 from e5core.optim import OptimConfig
 from e5core.run import Config
 from e5core.step import backward_step, make_optimizer
@@ -118,7 +119,10 @@ def bench_of(arguments: argparse.Namespace) -> Bench:
 
 
 def run_rows(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device, out: Path) -> None:
-    """Time every row that the deadline leaves time for, and tell what was asked for and what was reached."""
+    """Time every row that the deadline leaves time for, and tell what was asked for and what was reached.
+
+    Raises RuntimeError at the end where a row failed by more than a lack of memory or time.
+    """
     arguments.dtype, arguments.device = str(dtype).removeprefix("torch."), device.type
     bench = bench_of(arguments)
     started, rows = time.monotonic(), []
@@ -130,15 +134,15 @@ def run_rows(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.de
         else:
             try:
                 row |= make()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                row |= {"failed": "out of memory"}
+            except (RuntimeError, MemoryError, TritonError) as error:
+                row |= {"failed": why_failed(error)}
         _free(device)
         rows.append(row | {"after_s": round(time.monotonic() - started, 1)})
         record(rows[-1], device, out)
     for row in verdicts(rows):
         record(row, device, out)
+    if broken := [row for row in rows if row.get("failed", OUT_OF_MEMORY) not in (OUT_OF_MEMORY, TOO_SLOW)]:
+        raise RuntimeError(f"{len(broken)} rows failed, first of them {broken[0]['mode']}: {broken[0]['failed']}")
 
 
 def variants(arguments: argparse.Namespace, device: torch.device) -> list[Variant]:

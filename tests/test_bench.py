@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 import bench.full_size
 import bench.step_profile
@@ -16,7 +17,7 @@ from bench.models import MISTRAL, SIZES, linears, random_model, write_model
 from bench.op import Case, Settings, Work, rows_of, run
 from bench.padded import grouped
 from bench.rivals import rival_model, rival_step
-from bench.roofline import Roofline
+from bench.roofline import Roofline, record
 from bench.step_limit import Limit, Product, model_flops, products_of
 from bench.step_profile import OTHER, UPDATE, Part, kind_of
 from bench.step_rows import RIVALS, own_step, parser_of, run_rows, variants, verdicts
@@ -105,6 +106,24 @@ def test_what_runs_out_of_memory_is_told_and_the_others_run() -> None:
     assert len([row for row in rows if row["implementation"] == "eager torch"]) == 3
 
 
+def test_what_raises_is_told_and_fails_the_bench_and_the_others_run(tmp_path: Path) -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    case, file = replace(case_of(broken), unchecked={"doubled": lambda x: x + x}), tmp_path / "rows.jsonl"
+    assert run("broken", lambda settings: iter([case]), [*TINY, "--no-compile", "--out", str(file)]) == 1
+    rows = rows_in(file)
+    (told,) = (row["failed"] for row in rows if row["implementation"] == "ours")
+    assert told.startswith("OutOfResources: out of resource: shared memory, Required: 300000")
+    assert len([row for row in rows if row["implementation"] == "doubled" and row["ms"] > 0]) == 3
+
+
+def test_a_row_is_told_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    record({"ms": 1.0}, CPU, tmp_path / "rows.jsonl")
+    assert [(row["ms"], row["commit"]) for row in rows_in(tmp_path / "rows.jsonl")] == [(1.0, "")]
+
+
 def test_a_case_s_settings_have_the_decoder_s_shapes() -> None:
     settings = Settings(CPU, torch.bfloat16, "7b", [8192])
     assert settings.config.hidden_dim == 14336 and settings.randn(2, 3).dtype == torch.bfloat16
@@ -183,6 +202,22 @@ def test_the_step_s_rows_and_what_they_are_held_to(tmp_path: Path) -> None:
     arguments.row_deadline = -1.0
     run_rows(arguments, torch.float32, CPU, tmp_path / "late.jsonl")
     assert {row["skipped"] for row in rows_in(tmp_path / "late.jsonl")} == {"the deadline of -1 s is over"}
+
+
+def test_a_row_that_raises_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "--device cpu --random tiny --layers 1 --triples 3 --longest 20 --runs 1".split()
+    parser = parser_of("rows")
+    parser.add_argument("--micro-batch-tokens", type=int, default=80)
+
+    def no_rival(*_: object) -> dict[str, Any]:
+        raise RuntimeError("python -m bench.rivals ended with 1:\nTraceback\nImportError: no peft")
+
+    monkeypatch.setattr("bench.step_rows.rival_row", no_rival)
+    with pytest.raises(RuntimeError, match=f"{len(RIVALS)} rows failed, first of them transformers"):
+        run_rows(parser.parse_args(flags), torch.float32, CPU, tmp_path / "rows.jsonl")
+    rows = rows_in(tmp_path / "rows.jsonl")
+    assert [row["failed"] for row in rows if "failed" in row] == ["RuntimeError: ImportError: no peft"] * len(RIVALS)
+    assert {row["dropout"] for row in rows if "tokens_per_s" in row} == {0.0, 0.1}
 
 
 def test_verdicts_hold_the_rows_to_the_issue_s_numbers() -> None:

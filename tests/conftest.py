@@ -16,7 +16,11 @@ from tokenizer_texts import ROOT, package_file, sentencepiece_fields
 from e5core.gguf_file import read_gguf_metadata
 from e5core.tokenizer import Tokenizer
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # torch looks at it once, at a process's first product by cuBLAS, which is any test's: too late for a test that
+    # trains with train.deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     # triton.jit reads this when a kernel is defined, so it must stand before any test imports one
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -83,6 +83,20 @@ def agree(function: Function, reference: Function, inputs: Sequence[Tensor]) -> 
         assert_twice(ours, 2 * theirs.float() - truth.float(), truth.float())
 
 
+def agree_over_long_sums(function: Function, reference: Function, inputs: Sequence[Tensor]) -> None:
+    """Hold the kernels in any dtype to twice plain torch's error, twice: sums go in another order, in two kernels.
+
+    The table's numbers for fp32 are those of short sums. At Mistral-7B's widths plain torch (CPU, MKL) errs by 7e-4 in
+    dA, whose elements reach 1,700 and pass through 0.
+    """
+    upstream = torch.randn_like(reference(*inputs))
+    got, same = (with_gradients(f, inputs, upstream) for f in (function, reference))
+    truths = with_gradients(reference, [x.double() for x in inputs], upstream.double())
+    for ours, theirs, truth in zip(got, same, truths, strict=True):
+        assert ours.dtype == inputs[0].dtype
+        assert_twice(ours, theirs, truth.float(), rounds=2)
+
+
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("drop_below", [0, 26])
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -203,4 +217,4 @@ def test_at_mistral_s_widths_on_the_gpu(n_in: int, n_out: int, n: int, dtype: to
         for function in (case.plain, case.spared):
             results = [function(*case.inputs) for _ in range(2)]
             assert torch.equal(*results)
-            agree(function, case.reference, case.inputs)
+            agree_over_long_sums(function, case.reference, case.inputs)

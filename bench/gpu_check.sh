@@ -15,8 +15,8 @@
 # Where a machine is lent through the tool `device` (nothing is fetched there, 15 minutes a task, so one or two parts),
 # carry what its image lacks. Here, once, in the repository's root:
 #   echo /.whl/ >> .git/info/exclude
-#   for p in pydantic==2.14.3 pydantic-core==2.50.4 annotated-types typing-inspection gguf==0.19.0 \
-#            pytrec-eval-terrier==0.5.11 tomli-w==1.2.0; do
+#   for p in pydantic==2.14.3 pydantic-core==2.50.4 annotated-types typing-inspection typing-extensions==4.16.0 \
+#            gguf==0.19.0 pytrec-eval-terrier==0.5.11 tomli-w==1.2.0; do
 #     python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #       --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 \
 #       --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d .whl $p; done
@@ -71,7 +71,7 @@ step)
 entry)
   work=$(mktemp -d)
   part entry 420 python3 -m bench.full_size --work "$work" --device cuda --keep --out "$out/entry.jsonl" "${override[@]}"
-  part entry $((530 - SECONDS)) python3 -m bench.encode --device cuda --model "$work/model" --texts 2000 \
+  part entry $((530 - SECONDS)) python3 -m bench.encode --device cuda --model "$work/model" --texts 1000 \
     --peer-dtypes bfloat16 --batch 64 --runs 1 --out "$out/entry.jsonl"
   ;;
 *)

@@ -52,7 +52,8 @@ def _products(n_tokens: int, device: torch.device, runs: int) -> list[dict[str, 
         given = (quantised.q, quantised.scale, held.codes, held.scale, None)
         expected = scaled_product_reference(*given, torch.float32)
         error = (scaled_product(*given, torch.bfloat16).float() - expected).abs().max()
-        assert error <= 2 * (expected.bfloat16().float() - expected).abs().max() + 1e-5, f"off by {error}"
+        cut = n_in / 32 * 2**-13 / 4 * expected.abs().max()  # tests/test_fp8_linear.py says whose
+        assert error <= cut + 2 * (expected.bfloat16().float() - expected).abs().max() + 1e-5, f"off by {error}"
         calls: dict[str, Callable[[], Tensor]] = {
             "fp8": lambda given=given: scaled_product(*given, torch.bfloat16),
             "bf16": lambda x=x, weight=weight: F.linear(x, weight),

@@ -74,7 +74,8 @@ def whole(model: EmbeddingModel, parts: dict[str, Tensor]) -> np.ndarray:
 def recorded() -> Iterator[dict[str, list[int]]]:
     """Record the bytes that each of torch's collectives takes from this rank, or brings to it."""
     calls: dict[str, list[int]] = {"gather": [], "scatter": [], "all_reduce": []}
-    gather, scatter, all_reduce = dist.all_gather_single, dist.reduce_scatter, dist.all_reduce
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
+    gather, scatter, all_reduce = vars(dist)[name], dist.reduce_scatter, dist.all_reduce
 
     def gathered(into: Tensor, own: Tensor, **others: Any) -> Any:
         calls["gather"].append(into.nbytes - own.nbytes)
@@ -88,11 +89,11 @@ def recorded() -> Iterator[dict[str, list[int]]]:
         calls["all_reduce"].append(total.nbytes)
         return all_reduce(total, *arguments, **others)
 
-    dist.all_gather_single, dist.reduce_scatter, dist.all_reduce = gathered, scattered, reduced
+    vars(dist)[name], dist.reduce_scatter, dist.all_reduce = gathered, scattered, reduced
     try:
         yield calls
     finally:
-        dist.all_gather_single, dist.reduce_scatter, dist.all_reduce = gather, scatter, all_reduce
+        vars(dist)[name], dist.reduce_scatter, dist.all_reduce = gather, scatter, all_reduce
 
 
 def training(

@@ -1,7 +1,8 @@
 """Triton face of row-wise fp8: its kernels, and the autograd functions of the norm and the gate that quantise.
 
-What is computed stands in fp8.py. What a fused kernel quantises is what it stores, rounded to x's dtype, so that it
-gives the same bits as the ops one after the other. amax is a maximum of the numbers' bits as integers: of positive
+What is computed stands in fp8.py. What a fused kernel quantises is what it stores, rounded to x's dtype, so that codes
+and scales are those of its y. (The norm by itself may sum a row in another order: Triton lays a tile out by its widest
+access, here 16 codes a thread, there 8 bf16.) amax is a maximum of the numbers' bits as integers: of positive
 floats they rise with the number, infinity's lie above and NaN's above these, so nothing of it is lost, as in a maximum
 of floats it would be. Backward passes are those of the ops without fp8. Needs sm_89, whose conversion to e4m3 it is.
 

@@ -69,12 +69,20 @@ class AdamW:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
         norm = sum_over_ranks(norm.square(), self._world).sqrt().item() if self._places else norm.item()
         if not math.isfinite(norm):
-            broken = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
-            broken = list(dict.fromkeys(name for own in share(broken, self._world) for name in own))
-            raise FloatingPointError(f"the gradient is not finite in {len(broken)} tensors, first of them {broken[0]}")
+            raise FloatingPointError(self._broken(gradients))
         if norm > self.config.clip:
             torch._foreach_mul_(list(gradients.values()), self.config.clip / norm)
         return norm
+
+    def _broken(self, gradients: Mapping[str, torch.Tensor]) -> str:
+        """Say what is wrong with the gradients of all ranks, whose norm is not finite."""
+        largest = {name: g.abs().max().item() for name, g in gradients.items() if g.numel()}
+        found = [item for own in share(list(largest.items()), self._world) for item in own]
+        broken = list(dict.fromkeys(name for name, value in found if not math.isfinite(value)))
+        if broken:
+            return f"the gradient is not finite in {len(broken)} tensors, first of them {broken[0]}"
+        name, value = max(found, key=lambda item: item[1])
+        return f"the gradient's norm is beyond fp32: its largest number is {value:.3g}, in {name}"
 
     @torch.no_grad()
     def update(self, lr: float) -> None:

@@ -65,6 +65,9 @@ def test_missing_and_non_finite_gradients_are_named() -> None:
     ours["b"].grad = torch.full_like(ours["b"], torch.nan)
     with pytest.raises(FloatingPointError, match="not finite in 1 tensors, first of them b"):
         optimizer.clip_gradients()
+    ours["b"].grad = torch.full_like(ours["b"], -1e30)
+    with pytest.raises(FloatingPointError, match=r"norm is beyond fp32: its largest number is 1e\+30, in b"):
+        optimizer.clip_gradients()
 
 
 def test_shares_and_stretches_of_any_number_of_ranks_are_the_whole_state() -> None:

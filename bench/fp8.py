@@ -54,8 +54,12 @@ def _products(n_tokens: int, device: torch.device, runs: int) -> list[dict[str, 
         error = (scaled_product(*given, torch.bfloat16).float() - expected).abs().max()
         cut = n_in / 32 * 2**-13 / 4 * expected.abs().max()  # tests/test_fp8_linear.py says whose
         assert error <= cut + 2 * (expected.bfloat16().float() - expected).abs().max() + 1e-5, f"off by {error}"
+        scales = {"scale_a": quantised.scale, "scale_b": held.scale.T, "out_dtype": torch.bfloat16}
         calls: dict[str, Callable[[], Tensor]] = {
             "fp8": lambda given=given: scaled_product(*given, torch.bfloat16),
+            "fp8, fp32 sums": lambda q=quantised.q, codes=held.codes, scales=scales: torch._scaled_mm(
+                q, codes.T, **scales, use_fast_accum=False
+            ),
             "bf16": lambda x=x, weight=weight: F.linear(x, weight),
         }
         for name, call in calls.items():

@@ -354,6 +354,7 @@ def rotary_of(
     wide = torch.promote_types(dtype, torch.float32)
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim)
     if divisors is not None:
-        frequencies = frequencies / torch.tensor(divisors, device=positions.device, dtype=wide)
+        # from a copy that no GPU is waited for
+        frequencies = frequencies / torch.tensor(divisors, dtype=wide).to(positions.device, non_blocking=True)
     angles = positions.to(wide)[:, None, None] * frequencies  # (T, 1, head_dim / 2)
     return Rotary(angles.cos(), angles.sin())

@@ -52,7 +52,7 @@ MOST_RANKS = 64  # of a program: what fits in its registers
 N_PROGRAMS = 528  # wanted of a backward pass, see above
 BLOCK_JOINED = 64  # tokens and outputs of a program: 128 programs at 8,192 tokens
 MOST_LINEARS = 3  # that a kernel knows by name: q, k and v
-STREAMS = ["stream_0", "stream_1", "stream_2"]  # drawn anew at every step: nothing to compile a kernel for
+VARYING = ["n_tokens", "stream_0", "stream_1", "stream_2", "drop_below"]  # no kernel is compiled for a value of theirs
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -89,7 +89,7 @@ def _add_z(
     return _dot(tl.reshape(x, (BLOCK_T, BLOCK_C)), tl.trans(a), z)
 
 
-@triton.jit(do_not_specialize=STREAMS)
+@triton.jit(do_not_specialize=VARYING)
 def _lora_linear_forward_kernel(
     x_ptr, keys_ptr, a_0_ptr, a_1_ptr, a_2_ptr, z_ptr, n_tokens, dim, rank, x_stride, stream_0, stream_1, stream_2,
     drop_below, scale, N: tl.constexpr, DROPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -133,7 +133,7 @@ def _lora_linear_forward_kernel(
         tl.store(z_ptr + (z_rows + 2 * n_tokens) * rank + columns, z_2 * scale, mask=is_z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _lora_linear_join_kernel(
     x_ptr, z_ptr, room_ptr, b_ptr, n_tokens, n_out, dim, rank, spare, x_stride, BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -170,7 +170,7 @@ def _add_gradients(
     return d_a, dx
 
 
-@triton.jit(do_not_specialize=STREAMS)
+@triton.jit(do_not_specialize=VARYING)
 def _lora_linear_backward_kernel(
     x_ptr, keys_ptr, a_0_ptr, a_1_ptr, a_2_ptr, dz_0_ptr, dz_1_ptr, dz_2_ptr, dx_0_ptr, dx_1_ptr, dx_2_ptr, d_a_ptr,
     n_tokens, dim, rank, x_stride, dz_stride, dx_stride, stream_0, stream_1, stream_2, drop_below, scale,

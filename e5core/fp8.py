@@ -2,7 +2,7 @@
 
     backbone.frozen_dtype = "fp8"      y = (q W_q^T) s_x s_w + b,  dx = (g_q V_q^T) s_g s_v    (e5kernels/fp8_linear.py)
     backbone.fp8_skip = ["w_down"]     these stay in the backbone's dtype, in every layer; or, in one of them,
-                                       "layers.1.feed_forward.w_down"
+                                       "layers.1.feed_forward.w_down"; or a whole layer, "layers.0"
 
 The weights are quantised one by one as they come from the file, and never stand beside a whole copy in another dtype.
 The adapters and all that is between the linears stay as they are without fp8. Before the linears stand norms and the
@@ -50,8 +50,8 @@ def apply_fp8(backbone: Backbone, skip: Sequence[str]) -> None:
         held = set()
         for name in LINEARS:
             path = f"layers.{i}.{'attention' if owner_of(layer, name) is layer.attention else 'feed_forward'}.{name}"
-            if name in skip or path in skip:
-                unknown -= {name, path}
+            if found := {name, path, f"layers.{i}"}.intersection(skip):
+                unknown -= found
                 continue
             _hold(owner_of(layer, name).get_submodule(name), path)
             held.add(name)
@@ -60,7 +60,7 @@ def apply_fp8(backbone: Backbone, skip: Sequence[str]) -> None:
     if unknown:
         raise ValueError(
             f"backbone.fp8_skip names no linear: got {sorted(unknown)}, allowed are {', '.join(LINEARS)} and, in one "
-            'layer, names like "layers.1.feed_forward.w_down"'
+            'layer, names like "layers.1.feed_forward.w_down" or "layers.1"'
         )
     if not n_held:
         raise ValueError("backbone.fp8_skip leaves no linear to fp8; set backbone.frozen_dtype=same instead")

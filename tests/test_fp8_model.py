@@ -144,6 +144,13 @@ def test_recompute_moves_no_bit(policy: Policy, tmp_path: Path) -> None:
         assert_same_bits(step(built(tmp_path, skip, policy=policy)), step(built(tmp_path, skip)))
 
 
+def test_a_layer_is_skipped_whole(tmp_path: Path) -> None:
+    save_peer("mistral", tmp_path)
+    held = {name for name, p in built(tmp_path, ("layers.0", "wo")).backbone.named_parameters() if p.dtype == E4M3}
+    assert {name.split(".")[1] for name in held} == {"1", "2"}
+    assert held == {name for name in held if ".wo." not in name} and len(held) == 2 * 6 * 2
+
+
 def test_what_fp8_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     save_peer("qwen3-window", tmp_path)  # q and k of 6 and 2 heads of 10
     with pytest.raises(ValueError, match=r"layers.0.attention.wq is 60 x 48, and fp8 .* multiples of 16; name it in"):
@@ -151,6 +158,8 @@ def test_what_fp8_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     built(tmp_path, ("wq", "wk", "wv", "wo"))
     with pytest.raises(ValueError, match=r"names no linear: got \['layers.3.attention.wq', 'w_out'\], allowed are wq"):
         built(tmp_path, ("wq", "wk", "wv", "wo", "w_out", "layers.3.attention.wq"))
+    with pytest.raises(ValueError, match=r"names no linear: got \['layers.3'\], .* or \"layers.1\""):
+        built(tmp_path, ("layers.0", "layers.1", "layers.2", "layers.3"))
     with pytest.raises(ValueError, match="leaves no linear to fp8; set backbone.frozen_dtype=same"):
         built(tmp_path, LINEARS)
     with pytest.raises(ValueError, match="fp8_skip = .'wo'. needs frozen_dtype"):

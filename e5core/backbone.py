@@ -199,10 +199,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor | Rows) -> Tensor:
         return self.w_down(self.hidden(x))
 
-    def hidden(self, x: Tensor | Rows) -> Tensor | Rows:
-        """Return (T, F + spare), what w_down projects back."""
+    def hidden(self, x: Tensor | Rows, is_read: bool = True) -> Tensor | Rows:
+        """Return (T, F + spare), what w_down projects back; not is_read: for its adapter alone."""
         gate, up = self.w_gate.beside(x, self.w_up)
-        return self.gated_rows(gate, up) if self.quantises else self.gated(gate, up, self.spare)
+        return self.gated_rows(gate, up) if self.quantises and is_read else self.gated(gate, up, self.spare)
 
 
 class Block(nn.Module):

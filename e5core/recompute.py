@@ -97,4 +97,4 @@ def _feed_unread(block: Block, x: Tensor, attended: Tensor | None = None) -> Ten
     if not isinstance(block.ffn_post_norm, nn.Identity) or not isinstance(w_down, LoraLinear):
         return block.feed(x, attended)
     x, normed = block.ffn_norm.branch(x, attended)
-    return x + w_down(block.feed_forward.hidden(normed), is_read=False)
+    return x + w_down(block.feed_forward.hidden(normed, is_read=False), is_read=False)

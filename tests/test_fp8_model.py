@@ -28,7 +28,7 @@ from e5core.plan import main as plan_main
 from e5core.recompute import Policy
 from e5core.train import Config, train
 from e5core.weights import tensors_of
-from e5kernels.fp8 import E4M3, quantise_rows_reference
+from e5kernels.fp8 import E4M3, quantise_rows, quantise_rows_reference
 
 CPU = torch.device("cpu")
 FIRST_DOWN = "layers.0.feed_forward.w_down"
@@ -142,6 +142,24 @@ def test_recompute_moves_no_bit(policy: Policy, tmp_path: Path) -> None:
     save_peer("mistral", tmp_path)
     for skip in ((), ("wk", "w_down")):
         assert_same_bits(step(built(tmp_path, skip, policy=policy)), step(built(tmp_path, skip)))
+
+
+def test_a_replay_quantises_nothing_for_the_product_that_it_spares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_peer("mistral", tmp_path)
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        "e5kernels.fp8.quantise_rows", lambda x, f=quantise_rows: (seen.append(tuple(x.shape)), f(x))[1]
+    )
+    counts = {}
+    for policy in ("none", "block"):
+        seen.clear()
+        model = built(tmp_path, (), policy=policy)
+        hidden, n_before = model.backbone.config.hidden_dim, len(seen)
+        step(model)
+        counts[policy] = [shape[1] == hidden for shape in seen[n_before:]].count(True)
+    assert counts["block"] == counts["none"], "of w_down's inputs, and of the gradients of gate and up"
 
 
 def test_a_layer_is_skipped_whole(tmp_path: Path) -> None:

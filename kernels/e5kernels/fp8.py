@@ -33,12 +33,12 @@ class Rows(NamedTuple):
     """Activations and what products in fp8 read of them; linears that share an input share its quantisation.
 
     x: (T, K), through which gradients flow.  q: (T, K) e4m3 on CUDA; elsewhere its values in max(fp32, x's dtype), so
-    that the reference decodes them once.  scale: (T, 1) fp32.
+    that the reference decodes them once.  scale: (T, 1) fp32.  Both None where no product reads them.
     """
 
     x: Tensor
-    q: Tensor
-    scale: Tensor
+    q: Tensor | None
+    scale: Tensor | None
 
     def gathered(self, x: Tensor, rows: Tensor) -> "Rows":
         """Keep some rows, of which x (N, K) holds the activations.  rows: (N,) int64."""

@@ -159,5 +159,5 @@ def fp8_lora_linear(
 
     x: (T, in), or its Rows.  linears: their weights are Fp8Weights.  The others and the result are `lora_linear`'s.
     """
-    rows = x if isinstance(x, Rows) else rows_of(x)
+    rows = x if isinstance(x, Rows) else rows_of(x) if is_read else Rows(x, None, None)
     return _Fp8LoraLinear.apply(*rows, *flattened(linears, scale, drop, is_read))

@@ -144,12 +144,18 @@ def argument_type(name: str, dtype: str) -> str:
     return "fp32" if name in ("temperature", "margin", "eps", "sign", "scale") else "i32"
 
 
-def compile_kernel(case: str, dtype: str, capability: int) -> dict[str, str | int | bool]:
-    """Compile one kernel as its launcher would for 16-byte-aligned tensors of the model's widths."""
+def compile_kernel(case: str, dtype: str, capability: int, ones: bool = False) -> dict[str, str | int | bool]:
+    """Compile one kernel as its launcher would for 16-byte-aligned tensors of the model's widths.
+
+    ones: as for integers that are all 1, like the number of tokens of one short text: Triton makes constants of them.
+    """
     name, module, options = KERNELS[case]
     kernel, options = vars(module)[name], options.get({"bf16": 2, "fp32": 4}[dtype], options)
     launch = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
     fixed = {key: value for key, value in options.items() if key not in launch}
+    if ones:
+        free = set(kernel.arg_names) - set(fixed) - set(kernel.do_not_specialize or ())
+        fixed |= {x: 1 for x in free if argument_type(x, dtype) in ("i32", "i64")}
     types = {x: "constexpr" if x in fixed else argument_type(x, dtype) for x in kernel.arg_names}
     widths = ("dim", "width", "half", "n_heads", "rank")
     aligned = [i for i, x in enumerate(types) if x not in fixed and (x.endswith(("_ptr", "_stride")) or x in widths)]
@@ -165,6 +171,7 @@ def compile_kernel(case: str, dtype: str, capability: int) -> dict[str, str | in
         "case": case,
         "dtype": dtype,
         "capability": capability,
+        "ones": ones,
         "shared": compiled.metadata.shared,
         "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
         "spilled": int(re.search(r"(\d+) bytes spill stores", log.getvalue())[1]),
@@ -186,19 +193,19 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], dict]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int, bool], dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    return {(row["case"], row["dtype"], row["capability"]): row for row in rows}
+    return {(row["case"], row["dtype"], row["capability"], row["ones"]): row for row in rows}
 
 
 @pytest.mark.parametrize(("case", "dtype", "capability"), CASES)
 def test_kernel_compiles_and_fits(case: str, dtype: str, capability: int, compiled: dict) -> None:
-    row = compiled[case, dtype, capability]
+    row = compiled[case, dtype, capability, False]
     assert row["cubin"] > 0 and row["target"]
     assert row["shared"] <= SHARED_BYTES[capability]
     assert not row["tf32"], "similarities are IEEE fp32"
@@ -206,6 +213,11 @@ def test_kernel_compiles_and_fits(case: str, dtype: str, capability: int, compil
     if not case.startswith("infonce"):  # its fp32 tiles fill the registers
         assert row["spilled"] <= (16 if (case, dtype) == ("attention d_kv", "fp32") else 0)
         assert row["narrow_stores"] <= NARROW_STORES.get(case, 0), "activations move 16 bytes at a time"
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_kernel_compiles_for_integers_of_one(case: str, compiled: dict) -> None:
+    assert compiled[case, "bf16", 90, True]["cubin"] > 0
 
 
 def test_no_kernel_is_left_out() -> None:
@@ -224,3 +236,5 @@ if __name__ == "__main__":
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a kernel that knows no caller's dtype too, for ptxas to speak
     for case in CASES:
         print(json.dumps(compile_kernel(*case)), flush=True)
+    for case in KERNELS:
+        print(json.dumps(compile_kernel(case, "bf16", 90, ones=True)), flush=True)

@@ -108,11 +108,11 @@ def run_module(command: Sequence[str], limit: float) -> dict[str, Any] | str:
 
 
 def why_failed(error: BaseException) -> str:
-    """Say in a row why it has no figures: OUT_OF_MEMORY, or the error's kind and its last line."""
+    """Say in a row why it has no figures: OUT_OF_MEMORY, or the error's kind, its first line and its last."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
-    told = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {told[-1][:300] if told else ''}"
+    told = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {' ... '.join(line[:300] for line in dict.fromkeys((told[0], told[-1])))}"
 
 
 def timed_turn(step: Callable[[], Tensor], device: torch.device, runs: int) -> dict[str, Any]:

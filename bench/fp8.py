@@ -57,7 +57,7 @@ def _products(n_tokens: int, device: torch.device, runs: int) -> list[dict[str, 
         scales = {"scale_a": quantised.scale, "scale_b": held.scale.T, "out_dtype": torch.bfloat16}
         calls: dict[str, Callable[[], Tensor]] = {
             "fp8": lambda given=given: scaled_product(*given, torch.bfloat16),
-            "fp8, fp32 sums": lambda q=quantised.q, codes=held.codes, scales=scales: torch._scaled_mm(
+            "fp8, no fast accumulation": lambda q=quantised.q, codes=held.codes, scales=scales: torch._scaled_mm(
                 q, codes.T, **scales, use_fast_accum=False
             ),
             "bf16": lambda x=x, weight=weight: F.linear(x, weight),

@@ -1,4 +1,4 @@
-"""Time frozen linears that read one x, with their adapters, dropout 0 and 0.1: python -m bench.lora_linear; see op.py.
+"""Time linears that read one x and their adapters, dropout 0 and 0.1: python -m bench.lora_linear; see bench/op.py.
 
 Ours is timed on a plain x and, where the face takes one, on an x with spare columns behind it, which spares a pass over
 y. "products alone" are the frozen linears without adapters; what ours takes beyond them is the adapters' price. "one by

@@ -14,7 +14,7 @@ may be in row-wise fp8 (fp8.py): then the norm or gate before them returns Rows,
 What linears read can have `spare` columns behind every row, which are theirs to write (lora.py sets how many).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -142,9 +142,21 @@ class FrozenLinear(nn.Module):
         weight = fp8_weight(self)
         return F.linear(plain(x), self.weight, self.bias) if weight is None else fp8_linear(x, weight, self.bias)
 
-    def beside(self, x: Tensor | Rows, *others: nn.Module) -> tuple[Tensor, ...]:
-        """Return what this and other linears make of one x; adapted ones do it together (lora.py)."""
-        return tuple(linear(x) for linear in (self, *others))
+    @staticmethod
+    def together(x: Tensor | Rows, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
+        """Return what linears of this kind make of one x."""
+        return [linear(x) for linear in linears]
+
+
+def read_by(x: Tensor | Rows, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Return what linears make of one x, those of one kind together, for adapters gain by it (lora.py)."""
+    kinds: dict[tuple[type, torch.dtype], list[nn.Module]] = {}
+    for linear in linears:
+        kinds.setdefault((type(linear), linear.weight.dtype), []).append(linear)
+    outputs = {}
+    for (kind, _), alike in kinds.items():
+        outputs |= zip(alike, kind.together(x, alike), strict=True)
+    return tuple(outputs[linear] for linear in linears)
 
 
 class Attention(nn.Module):
@@ -163,7 +175,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor | Rows, rotary: Rotary, layout: Layout) -> Tensor:
         is_last = layout.on_last is not None
-        k, v, *q = self.wk.beside(x, self.wv) if is_last else self.wk.beside(x, self.wv, self.wq)
+        k, v, *rest = read_by(x, self.wk, self.wv) if is_last else read_by(x, self.wk, self.wv, self.wq)
         k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in (k, v))  # (T, K, hd)
         k = rope(self.k_norm(k), *rotary)
         if layout.key_rows is not None:
@@ -171,7 +183,7 @@ class Attention(nn.Module):
         if is_last:
             layout.on_last()
             x, rotary, layout = _last_alone(x, rotary, layout)
-        q = self.wq(x) if is_last else q[0]
+        q = self.wq(x) if is_last else rest.pop()
         q = rope(self.q_norm(q.unflatten(-1, (-1, self.head_dim))), *rotary)  # (Tq, H, hd)
         out = varlen_attention(
             q,
@@ -201,7 +213,7 @@ class FeedForward(nn.Module):
 
     def hidden(self, x: Tensor | Rows, is_read: bool = True) -> Tensor | Rows:
         """Return (T, F + spare), what w_down projects back; not is_read: for its adapter alone."""
-        gate, up = self.w_gate.beside(x, self.w_up)
+        gate, up = read_by(x, self.w_gate, self.w_up)
         return self.gated_rows(gate, up) if self.quantises and is_read else self.gated(gate, up, self.spare)
 
 

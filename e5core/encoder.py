@@ -40,7 +40,7 @@ class BackboneSource:
     causal: bool = True  # false: bidirectional attention
     pooling: Pooling = "last"  # or the mean of all tokens, or that with the weights 1, 2, ..., n (SGPT)
     frozen_dtype: Literal["same", "fp8"] = "same"  # of the layers' linears; fp8: row-wise e4m3, their inputs too
-    fp8_skip: tuple[str, ...] = ()  # left in dtype under fp8: linears of all layers ("w_down"), one, a layer
+    fp8_skip: tuple[str, ...] = ()  # left in dtype under fp8: "w_down", "layers.0", "layers.0.attention.wq"
 
     def __post_init__(self) -> None:
         if self.fp8_skip and self.frozen_dtype != "fp8":

@@ -105,34 +105,33 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor | Rows, is_read: bool = True, y: Tensor | None = None) -> Tensor:
         """Return y (T, out); where it is not read, zeros in its place, through which all gradients flow as ever.
 
-        y: the same, where it has been computed beside others'.
+        y: the same, where it has been computed together with others': so a hook sees it, but cannot change x.
         """
-        return self._together(x, [self], is_read)[0] if y is None else y
+        return _outputs(x, [self], is_read)[0] if y is None else y
 
-    def beside(self, x: Tensor | Rows, *others: nn.Module) -> tuple[Tensor, ...]:
-        """Return what this and other linears make of one x, in one pass over it where they are of one kind."""
-        linears = (self, *others)
-        if not all(isinstance(other, LoraLinear) and other.is_fp8 == self.is_fp8 for other in others):
-            return tuple(linear(x) for linear in linears)
-        outputs = self._together(x, linears)
-        return tuple(linear(x, y=y) for linear, y in zip(linears, outputs, strict=True))  # for the hooks of each
+    @staticmethod
+    def together(x: Tensor | Rows, linears: Sequence["LoraLinear"]) -> Sequence[Tensor]:
+        """Return what linears, all in fp8 or none, make of one x, in one pass over it."""
+        return [linear(x, y=y) for linear, y in zip(linears, _outputs(x, linears), strict=True)]
 
     @property
     def is_fp8(self) -> bool:
         """Whether the frozen weight is held in fp8."""
         return self.weight_scale is not None
 
-    def _together(self, x: Tensor | Rows, linears: Sequence["LoraLinear"], is_read: bool = True) -> tuple[Tensor, ...]:
-        drop = Drop(self.token_keys.keys, self.drop_below) if self.drop_below else Drop()
-        adapted = [linear._adapted() for linear in linears]
-        if self.is_fp8:
-            return fp8_lora_linear(x, adapted, self.scale, drop, is_read)
-        return lora_linear(plain(x), adapted, self.scale, drop, is_read)
-
-    def _adapted(self) -> Adapted:
+    def adapted(self) -> Adapted:
+        """Return what the op takes."""
         weight = fp8_weight(self) if self.is_fp8 else self.weight
         stream = mix(self.token_keys.step_key + self.number)
         return Adapted(weight, self.bias, self.lora_a, self.lora_b, stream)
+
+
+def _outputs(x: Tensor | Rows, linears: Sequence[LoraLinear], is_read: bool = True) -> Sequence[Tensor]:
+    first, adapted = linears[0], [linear.adapted() for linear in linears]
+    drop = Drop(first.token_keys.keys, first.drop_below) if first.drop_below else Drop()
+    if first.is_fp8:
+        return fp8_lora_linear(x, adapted, first.scale, drop, is_read)
+    return lora_linear(plain(x), adapted, first.scale, drop, is_read)
 
 
 def owner_of(layer: Block, name: str) -> nn.Module:

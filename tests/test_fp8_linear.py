@@ -121,7 +121,8 @@ def test_linears_together_are_those_linears_alone(
     drop_below: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "face", lambda device: chosen)
-    cases = [Case(SHAPES[0], torch.float32, drop_below) for _ in range(3)]
+    device, dtype = (DEVICE, ON_DEVICE[0]) if chosen == "triton" else (CPU, torch.float32)
+    cases = [Case(SHAPES[0], dtype, drop_below, device) for _ in range(3)]
     drop, xs = cases[0].drop, [cases[0].x.clone().requires_grad_() for _ in range(2)]
     linears = [Adapted(case.fp8, case.bias, case.a, case.b, STREAM + i) for i, case in enumerate(cases)]
     for linear in linears:
@@ -132,7 +133,7 @@ def test_linears_together_are_those_linears_alone(
     got = torch.autograd.grad(together, [xs[0], *factors], upstream)
     expected = torch.autograd.grad(alone, [xs[1], *factors], upstream)
     for ours, theirs in zip((*together, *got), (*alone, *expected), strict=True):
-        assert_fp32("fp8_linear", ours, theirs)
+        assert_near(ours, theirs.double(), dtype, rounds=4)  # alone, every dx is rounded before the sum
 
 
 def test_a_gradient_reaches_no_weight_and_what_is_saved_is_what_it_needs() -> None:

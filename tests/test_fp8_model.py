@@ -73,7 +73,7 @@ class Emulated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(self.back(x), self.weight, self.bias)
 
-    beside = FrozenLinear.beside
+    together = FrozenLinear.together
 
 
 @pytest.mark.parametrize("variant", ["mistral-window", "qwen2-window", "qwen3-window", "gemma3"])

@@ -126,6 +126,17 @@ def test_what_is_not_read_and_an_input_without_gradient_leave_the_other_gradient
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_strided_and_what_reaches_one_output_alone_have_the_reference_s_gradients() -> None:
+    case = Case(SHAPES[0], torch.float32, n=3)
+    wide = torch.randn(77, 10, device=DEVICE).T.requires_grad_()[::2]  # x is (5, 77), its rows interleaved
+    leaves = [wide, *(tensor.requires_grad_() for tensor in case.inputs[1:])]
+    for columns in (slice(0, None), slice(13, 16)):  # of all outputs, and of the second
+        sums = [function(*leaves)[:, columns].square().sum() for function in (case.plain, case.reference)]
+        got, expected = (torch.autograd.grad(each, leaves) for each in sums)
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_linears_together_are_those_linears_alone() -> None:
     case = Case((9, 40, 20, 4), torch.float64, bias=True, n=3)
     x, *factors = (tensor.requires_grad_() for tensor in case.inputs)
@@ -203,6 +214,9 @@ def test_what_does_not_fit_is_refused() -> None:
         for linears in ([Adapted(case.weights[0], None, *others, STREAM)], [fits, fits._replace(lora_b=b[1:])]):
             with pytest.raises(ValueError, match="x must be"):
                 lora_linear_triton(wide, linears, SCALE, case.drop, True)
+    for unlike in ([fits] * 4, [fits, Adapted(case.weights[0], None, a[1:], b[:, 1:], STREAM)]):
+        with pytest.raises(ValueError, match="up to 3 linears read one x"):
+            lora_linear_reference(x, unlike, SCALE, case.drop)
     for wide, weight in ((extended, case.weights[0]), (extended[:, :-14], with_room(case.weights[0], case.spare))):
         with pytest.raises(ValueError, match="must hold R = 4 and weight must be"):
             lora_linear_triton(wide, [fits._replace(weight=weight)], SCALE, case.drop, True)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from e5kernels.dropout import signed
 
+MOST_LINEARS = 3  # that read one x: q, k and v
+
 
 class Fp8Weight(NamedTuple):
     """A frozen W (out, in) in row-wise fp8, quantised for both directions."""
@@ -38,8 +40,17 @@ def flattened(linears: Sequence[Adapted], scale: float, drop: Drop, is_read: boo
     """Lay out an autograd function's arguments, scale, keys, below, streams, is_read, and the tensors of every linear.
 
     Autograd follows no tensor that is in a tuple; and torch's profiler takes no integer beyond 64 bits signed.
+    Raises ValueError where linears cannot read one x.
     """
+    shapes = [tuple(linear.lora_a.shape) for linear in linears]
+    if len(set(shapes)) != 1 or len(shapes) > MOST_LINEARS:
+        raise ValueError(f"up to {MOST_LINEARS} linears read one x, each with lora_a (R, in) alike: got {shapes}")
     tensors = []
     for weight, *others, _ in linears:
         tensors += [*(weight if isinstance(weight, Fp8Weight) else (weight,)), *others]
     return scale, *drop, tuple(signed(linear.stream) for linear in linears), is_read, *tensors
+
+
+def parted(tensors: Sequence[Tensor | None], n: int) -> list[Sequence[Tensor | None]]:
+    """Part the tensors of linears, n of one after n of another.  Returns all first ones, all second ones and so on."""
+    return [tensors[i::n] for i in range(n)]

@@ -11,8 +11,8 @@ y, no part of the product: B in e4m3 would take its small updates away.
 On CUDA a product is torch._scaled_mm with row-wise scales, y in bf16. It wants K and N in multiples of 16, any T.
 `use_fast_accum` leaves sums to the product units, which on Hopper cut them to 13 bits after every 32 products:
 emulated, 0.3% of the sums' RMS at K = 4,096 and 1.1% at 14,336, beside the 4% that quantising costs. bench/fp8.py times
-the products with sums in fp32 beside these. The reference, elsewhere, multiplies the same codes in max(fp32, x's
-dtype): e4m3's numbers are exact there, and so are their products. (Codes times scales in bf16 would not be exact.)
+the products without it beside these. The reference, elsewhere, multiplies the same codes in max(fp32, x's dtype):
+e4m3's numbers are exact there, and so are their products. (Codes times scales in bf16 would not be exact.)
 Saved for backward: V_q and s_v, and with an adapter x, z and the keys. x: (T, in).  W: (out, in).
 """
 
@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from e5kernels import native
-from e5kernels.adapted import Adapted, Drop, Fp8Weight, flattened
-from e5kernels.dropout import keyed_dropout
+from e5kernels.adapted import Adapted, Drop, Fp8Weight, flattened, parted
 from e5kernels.fp8 import E4M3, Rows, face, quantise_rows, rows_of, values
+from e5kernels.lora_linear import dropped
 
 if sys.platform == "linux":  # Triton is published for no other
     from e5kernels.lora_linear_triton import adapters_backward, adapters_forward
@@ -86,7 +86,8 @@ class _Fp8Linear(torch.autograd.Function):
 class _Fp8LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, q, q_scale, scale, keys, below, streams, is_read, *tensors):  # noqa: ANN001, ANN002, ANN205
-        codes, scales, codes_t, scales_t, biases, matrices, bs = (tensors[i::7] for i in range(7))
+        codes, scales, codes_t, scales_t, biases, matrices, bs = parted(tensors, 7)
+        x = x if x.stride(1) == 1 else x.contiguous()
         zs = _adapters_forward(x, keys, matrices, streams, below, scale)  # (T, R) each
         outputs = []
         for z, weight, its_scale, bias, b in zip(zs, codes, scales, biases, bs, strict=True):
@@ -118,9 +119,9 @@ def _adapters_forward(
 ) -> Sequence[Tensor]:
     """Return s z = s d(x) A^T of every A, (T, R), x's dtype."""
     if face(x.device) == "triton" and native.takes(x):
-        return adapters_forward(x if x.stride(1) == 1 else x.contiguous(), keys, matrices, streams, below, scale)
-    dropped = (x if keys is None else keyed_dropout(x, keys, stream, below) for stream in streams)
-    return [(each @ a.to(x.dtype).T).mul_(scale) for each, a in zip(dropped, matrices, strict=True)]
+        return adapters_forward(x, keys, matrices, streams, below, scale)
+    parts = zip(streams, matrices, strict=True)
+    return [(dropped(x, keys, stream, below) @ a.to(x.dtype).T).mul_(scale) for stream, a in parts]
 
 
 def _adapters_backward(
@@ -129,15 +130,13 @@ def _adapters_backward(
 ) -> Sequence[Tensor]:  # fmt: skip
     """Return every dA (R, in), and leave the sum of dxs, adapters' parts added, in the first, where there are any."""
     if face(x.device) == "triton" and native.takes(x):
-        x = x if x.stride(1) == 1 else x.contiguous()
         return adapters_backward(x, keys, matrices, streams, below, scale, dzs, dxs)
     found = []
     for i, (a, stream, dz) in enumerate(zip(matrices, streams, dzs, strict=True)):
         drop, dz = (keys, stream, below), dz * scale
-        found.append(dz.T @ (x if keys is None else keyed_dropout(x, *drop)))
+        found.append(dz.T @ dropped(x, *drop))
         if dxs:
-            added = dz @ a.to(dz.dtype)
-            dxs[0].add_(added if keys is None else keyed_dropout(added, *drop))
+            dxs[0].add_(dropped(dz @ a.to(dz.dtype), *drop))
             if i:
                 dxs[0].add_(dxs[i])
     return found

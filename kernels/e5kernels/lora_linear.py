@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from e5kernels import native
-from e5kernels.adapted import Adapted, Drop, flattened
+from e5kernels.adapted import Adapted, Drop, flattened, parted
 from e5kernels.dropout import keyed_dropout
 
 if sys.platform == "linux":  # Triton is published for no other
@@ -31,9 +31,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, keys, below, streams, is_read, *tensors):  # noqa: ANN001, ANN002, ANN205
         outputs, zs = [], []
-        for stream, weight, bias, lora_a, lora_b in zip(streams, *parted(tensors), strict=True):
-            dropped = x if keys is None else keyed_dropout(x, keys, stream, below)
-            z = dropped @ lora_a.to(x.dtype).T  # (T, R)
+        for stream, weight, bias, lora_a, lora_b in zip(streams, *parted(tensors, 4), strict=True):
+            z = dropped(x, keys, stream, below) @ lora_a.to(x.dtype).T  # (T, R)
             if is_read:
                 y = F.linear(x, weight, bias).addmm_(z, lora_b.to(x.dtype).T, alpha=scale)  # (T, out)
             else:
@@ -47,13 +46,13 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gs):  # noqa: ANN001, ANN002, ANN205
         x, keys, *rest = ctx.saved_tensors
-        zs, (weights, _, *factors) = rest[: len(gs)], parted(rest[len(gs) :])
+        zs, (weights, _, *factors) = rest[: len(gs)], parted(rest[len(gs) :], 4)
         dx, found = None, []
         for g, z, stream, weight, lora_a, lora_b in zip(gs, zs, ctx.streams, weights, *factors, strict=True):
             drop, a = (keys, stream, ctx.below), lora_a.to(g.dtype)
             dz = (g @ lora_b.to(g.dtype)).mul_(ctx.scale)  # (T, R)
             db = (g.T @ z).to(lora_b.dtype).mul_(ctx.scale)
-            da = (dz.T @ (x if keys is None else keyed_dropout(x, *drop))).to(lora_a.dtype)
+            da = (dz.T @ dropped(x, *drop)).to(lora_a.dtype)
             found += [None, None, da, db]
             if ctx.needs_input_grad[0]:
                 dx = g @ weight if dx is None else dx.addmm_(g, weight)  # (T, in)
@@ -61,9 +60,9 @@ class _LoraLinear(torch.autograd.Function):
         return dx, None, None, None, None, None, *found
 
 
-def parted(tensors: Sequence[Tensor | None]) -> list[Sequence[Tensor | None]]:
-    """Part the tensors of linears, one linear's after another's.  Returns all weights, biases, A and B."""
-    return [tensors[i::4] for i in range(4)]
+def dropped(x: Tensor, keys: Tensor | None, stream: int, below: int) -> Tensor:
+    """Return d(x): x itself where keys are None."""
+    return x if keys is None else keyed_dropout(x, keys, stream, below)
 
 
 def lora_linear_reference(

@@ -13,8 +13,8 @@ Linears that share x share its spare columns too, in turn, on one stream: so no 
 would be with all z side by side, and x is as wide for any number of linears. Each turn moves (T, R) and B: 1 MB for q.
 That x is read once for up to three linears, and that no sum of their dx is made apart, saves for q, k and v of
 Mistral-7B at 8,192 tokens in bf16 134 MB forward and 670 backward, 40 and 200 us at the 3.35 TB/s of an H100's data
-sheet, and for gate and up half of that: 2% of a step by this reckoning. The dx are all in memory at once, as they were
-when autograd summed them.
+sheet, and for gate and up half of that: 2% of a step by this reckoning. The dx are all in memory at once: of q, k and v
+one (T, in) more than where autograd sums them, at a moment when gate and up are gone.
 
 [W | B] lies transposed, (in + spare, out) contiguous, W^T before B^T: so W is one stretch of memory. A sharded model
 gathers it with the rows behind it, 0.3% more of Mistral-7B at rank 16. B is cast there whenever it is to be read, the
@@ -33,8 +33,9 @@ makes 32 KB with two programs on a multiprocessor (256 programs at 8,192 tokens)
 latency of 0.5 us (an assumption). The bits that several linears draw take registers: two have 128 channels, three 64,
 whose 4 KB are 16 with two programs and a stage loaded ahead. Each program reads all of A, 67 MB a linear together, out
 of the L2 cache. A backward program keeps a tile of each A and dA, 64 channels wide, and goes over the tokens of its
-share, 32 at a time; shares are made until there are about four programs for each of 132 multiprocessors: 9 of them at
-4,096 channels, whose partial sums are 2.4 MB a linear. In fp32 the tiles are smaller, so that no register spills.
+share, 32 at a time. There are as many shares as 132 multiprocessors hold programs at once, by their registers five of
+one linear and two of several: 10 at 4,096 channels, whose partial sums are 2.6 MB, and 4 of q, k and v, 3.1 MB. In fp32
+and at higher ranks the tiles are smaller: within the 99 KB of an RTX 4090, without spilled registers at rank 16.
 """
 
 from collections.abc import Sequence
@@ -45,13 +46,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from e5kernels.adapted import Adapted, Drop, flattened
+from e5kernels.adapted import MOST_LINEARS, Adapted, Drop, flattened, parted
 from e5kernels.dropout_triton import drawn_bytes
 
-MOST_RANKS = 64  # of a program: what fits in its registers
-N_PROGRAMS = 528  # wanted of a backward pass, see above
+MOST_RANKS = {2: 32, 4: 16}  # of a program, by an element's bytes
+N_PROGRAMS = {1: 660, 2: 264, 3: 264}  # most of a backward pass of so many linears, see above
 BLOCK_JOINED = 64  # tokens and outputs of a program: 128 programs at 8,192 tokens
-MOST_LINEARS = 3  # that a kernel knows by name: q, k and v
 VARYING = ["n_tokens", "stream_0", "stream_1", "stream_2", "drop_below"]  # no kernel is compiled for a value of theirs
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -140,7 +140,7 @@ def _lora_linear_join_kernel(
 ):  # fmt: skip
     """Put z (T, R) into the spare columns of x, and B^T into the room (spare, out) behind W^T, with zeros beyond R."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    ranks = tl.arange(0, BLOCK_R)[None, :]
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
     is_rank, is_spare = ranks < rank, ranks < spare
     z = tl.load(z_ptr + rows * rank + ranks, mask=(rows < n_tokens) & is_rank, other=0.0)
     tl.store(x_ptr + rows * x_stride + dim + ranks, z, mask=(rows < n_tokens) & is_spare)
@@ -232,22 +232,33 @@ def _lora_linear_backward_kernel(
         tl.store(d_a_ptr + 2 * size, d_a_2 * scale, mask=is_a)
 
 
-def forward_tile(n_linears: int, itemsize: int) -> dict[str, int]:
-    """Choose tokens, channels and warps of a forward program."""
-    channels = {1: 256, 2: 128, 3: 64}[n_linears] if itemsize == 2 else 64
-    return {"BLOCK_T": 32, "BLOCK_C": channels, "num_warps": 4}
+def forward_tile(n_linears: int, rank: int, itemsize: int) -> dict[str, int]:
+    """Choose ranks, tokens, channels and warps of a forward program: 4,096 numbers of all A at once, in fp32 3,072."""
+    block_r = _block_r(rank, itemsize)
+    channels = min(256, 4096 // (n_linears * block_r)) if itemsize == 2 else min(64, 3072 // (n_linears * block_r))
+    return {"BLOCK_R": block_r, "BLOCK_T": 32, "BLOCK_C": _channels_of(channels), "num_warps": 4}
 
 
-def backward_tile(n_linears: int, itemsize: int) -> dict[str, int]:
-    """Choose tokens, channels and warps of a backward program."""
-    if itemsize == 2:
-        return {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}
-    return {"BLOCK_T": 16, "BLOCK_C": 64 if n_linears == 1 else 32, "num_warps": 4}
+def backward_tile(n_linears: int, rank: int, itemsize: int) -> dict[str, int]:
+    """Choose ranks, tokens, channels and warps of a backward program: 3,072 numbers of all dA, in fp32 half."""
+    block_r = _block_r(rank, itemsize)
+    channels = min(64, (3072 if itemsize == 2 else 1536) // (n_linears * block_r))
+    return {
+        "BLOCK_R": block_r,
+        "BLOCK_T": 32 if itemsize == 2 else 16,
+        "BLOCK_C": _channels_of(channels),
+        "num_warps": 4,
+    }
 
 
-def block_r(rank: int) -> int:
+def _block_r(rank: int, itemsize: int) -> int:
     """Choose how many rows of A a program takes; a dot has at least 16."""
-    return min(MOST_RANKS, max(16, triton.next_power_of_2(rank)))
+    return min(MOST_RANKS[itemsize], max(16, triton.next_power_of_2(rank)))
+
+
+def _channels_of(most: int) -> int:
+    """Round down to a power of 2; a dot has at least 16."""
+    return max(16, 1 << (most.bit_length() - 1))
 
 
 def named(items: Sequence) -> list:
@@ -266,10 +277,11 @@ def adapters_forward(
     n_tokens, (rank, dim) = len(x), matrices[0].shape
     z = x.new_empty(len(matrices), n_tokens, rank)
     if n_tokens:
-        block, tile = block_r(rank), forward_tile(len(matrices), x.itemsize)
-        _lora_linear_forward_kernel[(triton.cdiv(n_tokens, tile["BLOCK_T"]), triton.cdiv(rank, block))](
+        tile = forward_tile(len(matrices), rank, x.itemsize)
+        grid = triton.cdiv(n_tokens, tile["BLOCK_T"]), triton.cdiv(rank, tile["BLOCK_R"])
+        _lora_linear_forward_kernel[grid](
             x, keys, *named([a.contiguous() for a in matrices]), z, n_tokens, dim, rank, x.stride(0), *named(streams),
-            below, factor(scale, keys, below), N=len(matrices), DROPS=keys is not None, BLOCK_R=block, **tile,
+            below, factor(scale, keys, below), N=len(matrices), DROPS=keys is not None, **tile,
         )  # fmt: skip
     return z
 
@@ -286,9 +298,9 @@ def adapters_backward(
     n_tokens, (rank, dim), n = len(x), matrices[0].shape, len(matrices)
     if not n_tokens:
         return x.new_zeros(n, rank, dim, dtype=torch.float32)
-    tile, block = backward_tile(n, x.itemsize), block_r(rank)
-    n_blocks = triton.cdiv(dim, tile["BLOCK_C"])
-    n_shares = min(triton.cdiv(N_PROGRAMS, n_blocks), triton.cdiv(n_tokens, tile["BLOCK_T"]))
+    tile = backward_tile(n, rank, x.itemsize)
+    n_blocks, block = triton.cdiv(dim, tile["BLOCK_C"]), tile["BLOCK_R"]
+    n_shares = min(max(1, N_PROGRAMS[n] // n_blocks), triton.cdiv(n_tokens, tile["BLOCK_T"]))
     whole, found = [a.contiguous() for a in matrices], []
     for start in range(0, rank, block):
         parts, dz_parts = [a[start : start + block] for a in whole], [dz[:, start : start + block] for dz in dzs]
@@ -297,7 +309,7 @@ def adapters_backward(
         _lora_linear_backward_kernel[(n_blocks, n_shares)](
             x, keys, *named(parts), *named(dz_parts), *named(dxs or [x]), partial, n_tokens, dim, n_rows, x.stride(0),
             dzs[0].stride(0), dxs[0].stride(0) if dxs else 0, *named(streams), below, factor(scale, keys, below), N=n,
-            DROPS=keys is not None, DX=bool(dxs), SUMS=start == 0, BLOCK_R=block, **tile,
+            DROPS=keys is not None, DX=bool(dxs), SUMS=start == 0, **tile,
         )  # fmt: skip
         found.append(partial.sum(1))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
@@ -311,7 +323,7 @@ def factor(scale: float, keys: Tensor | None, below: int) -> float:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, keys, below, streams, is_read, *tensors):  # noqa: ANN001, ANN002, ANN205
-        weights, biases, matrices, bs = (tensors[i::4] for i in range(4))
+        weights, biases, matrices, bs = parted(tensors, 4)
         spare = x.shape[1] - weights[0].shape[1]
         rows = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
         z = adapters_forward(rows, keys, matrices, streams, below, scale)
@@ -332,7 +344,7 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gs):  # noqa: ANN001, ANN002, ANN205
         x, keys, z, *tensors = ctx.saved_tensors
-        weights, _, matrices, bs = (tensors[i::4] for i in range(4))
+        weights, _, matrices, bs = parted(tensors, 4)
         (rank, dim), dxs, dzs = matrices[0].shape, [], []
         for g, weight, b in zip(gs, weights, bs, strict=True):
             if ctx.needs_input_grad[0] and x.shape[1] > dim:
@@ -355,10 +367,10 @@ def joined(weight: Tensor, lora_b: Tensor, spare: int, x: Tensor | None = None, 
     """
     (n_out, dim), rank = weight.shape, lora_b.shape[1]
     whole = weight.detach().as_strided((dim + spare, n_out), (n_out, 1))
-    room, n_tokens = whole[dim:], 0 if z is None else len(z)
-    _lora_linear_join_kernel[(triton.cdiv(max(n_out, n_tokens), BLOCK_JOINED),)](
+    room, n_tokens, block_r = whole[dim:], 0 if z is None else len(z), _block_r(spare, weight.itemsize)
+    _lora_linear_join_kernel[(triton.cdiv(max(n_out, n_tokens), BLOCK_JOINED), triton.cdiv(spare, block_r))](
         room if x is None else x, room if z is None else z, room, lora_b.contiguous(), n_tokens, n_out, dim, rank,
-        spare, 0 if x is None else x.stride(0), BLOCK=BLOCK_JOINED, BLOCK_R=triton.next_power_of_2(spare),
+        spare, 0 if x is None else x.stride(0), BLOCK=BLOCK_JOINED, BLOCK_R=block_r,
     )  # fmt: skip
     return whole
 
@@ -368,7 +380,7 @@ def lora_linear_triton(
 ) -> tuple[Tensor, ...]:
     """Do frozen linears that read one x, and their adapters, by the kernels, on Linux.
 
-    Arguments and result as `lora_linear`, x fp32 or bf16, up to MOST_LINEARS.
+    Arguments and result as `lora_linear`, x fp32 or bf16.
     Raises ValueError where a shape does not fit, or where x has spare columns and a weight has no room behind it.
     """
     dim, rank = linears[0].weight.shape[1], len(linears[0].lora_a)

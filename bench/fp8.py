@@ -8,6 +8,7 @@ and TFLOP/s by what must be moved and multiplied.
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -103,7 +104,8 @@ def _cosines(config: Config, device: torch.device) -> dict[str, object]:
     records = mixture.batch(0, config.batch.size)
     batch = build_batch(records, Tokenizer.load(path, config.tokenizer), config.batch, config.train.seed, 0)
     embeddings, gradients, seconds = {}, {}, {}
-    for name, skip in (("fp8", config.backbone.fp8_skip), ("same", None)):
+    held = replace(config.backbone, frozen_dtype="fp8").skipped
+    for name, skip in (("fp8", held), ("same", None)):
         model = build_model(path, dtype, device, causal=True, lora=config.lora, seed=0, fp8_skip=skip)
 
         def step(model: torch.nn.Module = model) -> None:
@@ -120,7 +122,7 @@ def _cosines(config: Config, device: torch.device) -> dict[str, object]:
     each = {n: F.cosine_similarity(g.flatten(), gradients["same"][n].flatten(), 0) for n, g in gradients["fp8"].items()}
     worst = min(each, key=lambda name: each[name].item())
     return {
-        "model": config.backbone.path, "dtype": str(dtype), "fp8_skip": list(config.backbone.fp8_skip),
+        "model": config.backbone.path, "dtype": str(dtype), "fp8_skip": list(held),
         "texts": len(by_text), "tokens": batch.n_tokens, "embeddings_mean": round(by_text.mean().item(), 4),
         "embeddings_least": round(by_text.min().item(), 4),
         "gradient": round(F.cosine_similarity(*flat, 0).item(), 4), "gradient_least": round(each[worst].item(), 4),

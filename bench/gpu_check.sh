@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: bash bench/gpu_check.sh tests|ops|step|entry [backbone.KEY=VALUE]
-# Results go to $OUT (or bench/results), row by row. With a second word, step and entry have a form of ours by it, too.
+# Results go to $OUT (or bench/results), row by row. A second word is another form of ours: for step beside the first, in
+# place of fp8 (all linears in fp8: backbone.frozen_dtype=fp8,backbone.fp8_skip=[]), for entry in its place.
 # Each part ends within 9 minutes on one H100 from a bare machine; the estimates below are not measured.
 #
 #   tests  every kernel against its reference at Mistral-7B's shapes, odd lengths and texts of one token, then the
@@ -30,7 +31,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 out=${OUT:-bench/results}
 mkdir -p "$out"
-variant=(${2:+--variant "$2"})
+variant=(--variant "${2:-backbone.frozen_dtype=fp8}")
 override=(${2:+--override "$2"})
 failed=0
 

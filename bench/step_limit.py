@@ -7,7 +7,7 @@ step needs few timings.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from bench.models import linears
 from bench.roofline import product, times_ms
 from e5core.backbone import BackboneConfig
 from e5core.batches import MicroBatch
+from e5core.lora import LINEARS
 
 GRID, FINE = 256, 32  # rows; the fine one for what is below 1,024 rows
 BEFORE_ANY_ADAPTER = ("wq", "wk", "wv")  # of the first block: nothing that is trained lies before them
@@ -42,9 +43,9 @@ class Limit:
         self.config, self.device = config, device
         self._ms: dict[tuple[Product, torch.dtype], float] = {}
 
-    def seconds(self, packed: Sequence[MicroBatch], dtype: torch.dtype) -> float:
-        """Return the time of the step's products in a dtype."""
-        counted = products_of(self.config, packed)
+    def seconds(self, packed: Sequence[MicroBatch], dtype: torch.dtype, names: Collection[str] = LINEARS) -> float:
+        """Return the time of the step's products in a dtype, of the linears of these names."""
+        counted = products_of(self.config, packed, names)
         return sum(n * self._timed(one, dtype) for one, n in counted.items()) / 1e3
 
     def _timed(self, one: Product, dtype: torch.dtype) -> float:
@@ -58,14 +59,18 @@ class Limit:
         return self._ms[key] * one.rows / rounded.rows
 
 
-def products_of(config: BackboneConfig, packed: Sequence[MicroBatch]) -> Counter[Product]:
-    """Count the products of a two-pass step over these micro-batches."""
+def products_of(
+    config: BackboneConfig, packed: Sequence[MicroBatch], names: Collection[str] = LINEARS
+) -> Counter[Product]:
+    """Count the products of a two-pass step over these micro-batches, of the linears of these names."""
     counted: Counter[Product] = Counter()
     *pieces, fullest = sorted(packed, key=lambda piece: len(piece.tokens))
     for piece in packed:
         forwards = 1 if piece is fullest else 2
         for layer in range(config.n_layers):
             for name, (n_in, n_out) in linears(config).items():
+                if name not in names:
+                    continue
                 is_narrow = layer == config.n_layers - 1 and name not in ("wk", "wv")
                 rows = len(piece.rows) if is_narrow else len(piece.tokens)
                 counted[Product(rows, n_in, n_out, False)] += forwards

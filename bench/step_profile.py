@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.models import linears, random_model
 from bench.roofline import Roofline, measure, record, result_file, synchronize
-from bench.step_rows import Bench, Variant, bench_of, own_step, parser_of, variants
+from bench.step_rows import Bench, Variant, bench_of, limit_seconds, own_step, parser_of, variants
 from e5core.backbone import BackboneConfig
 from e5core.batches import MicroBatch, pack
 from e5core.lora import READERS, LoraConfig
@@ -163,7 +163,7 @@ def profile_rows(
     step, update = own_step(model, batch, budget)
     step(), update()
     parts, updated = profiled(step, bench.device), profiled(update, bench.device)
-    floors = floors_ms(bench.config, packed, roofline, bench.dtype, bench.limit.seconds(packed, form.gemm))
+    floors = floors_ms(bench.config, packed, roofline, bench.dtype, limit_seconds(bench, form, packed))
     rows = rows_of(parts, updated, floors) + largest_of(parts, OTHER)
     return [{"triples": arguments.triples[0], "dropout": arguments.dropout} | row for row in rows]
 

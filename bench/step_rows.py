@@ -26,10 +26,10 @@ from bench.roofline import FP8, chosen_device, peak_flops, record, takes_fp8
 from bench.step_limit import Limit, model_flops
 from bench.workloads import triples
 from e5core.backbone import BackboneConfig
-from e5core.batches import GlobalBatch, pack
+from e5core.batches import GlobalBatch, MicroBatch, pack
 from e5core.config import load_config
 from e5core.encoder import BackboneSource, EmbeddingModel
-from e5core.lora import LoraConfig
+from e5core.lora import LINEARS, LoraConfig
 from e5core.loss import LossConfig
 from e5core.memory import measured_peak
 from e5core.optim import OptimConfig
@@ -183,12 +183,22 @@ def own_row(bench: Bench, form: Variant, n: int, dropout: float) -> Row:
     packed = pack(batch.sequences, bench.arguments.micro_batch_tokens, bench.device)
     row = _own_timing(bench, form, batch, dropout)
     _free(bench.device)  # the products need room, too
-    limit = bench.limit.seconds(packed, form.gemm if form.gemm == FP8 else bench.dtype)
+    limit = limit_seconds(bench, form, packed)
     row |= {"triples": n, "dropout": dropout, "tokens": batch.n_tokens, "positions": batch.n_tokens}
     row |= {"micro_batches": len(packed), "limit_s": round(limit, 4)}
+    row |= {"fp8_skip": list(form.source.skipped)} if form.source.skipped is not None else {}
     row |= {"limit_tokens_per_s": round(batch.n_tokens / limit, 1)}
     row |= {"limit_percent": round(100 * limit / row["seconds"], 1)}
     return row | {"mfu_percent": round(100 * model_flops(bench.config, packed) / row["seconds"] / bench.peak, 1)}
+
+
+def limit_seconds(bench: Bench, form: Variant, packed: Sequence[MicroBatch]) -> float:
+    """Return the time of a form's own products; a layer that fp8 skips whole is counted in fp8."""
+    if form.gemm != FP8:
+        return bench.limit.seconds(packed, bench.dtype)
+    slow = [name for name in LINEARS if name in form.source.skipped]
+    fast = [name for name in LINEARS if name not in slow]
+    return bench.limit.seconds(packed, FP8, fast) + bench.limit.seconds(packed, bench.dtype, slow)
 
 
 def _own_timing(bench: Bench, form: Variant, batch: GlobalBatch, dropout: float) -> Row:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from e5core.backbone import Backbone, BackboneConfig, positions_of
 from e5core.batches import MicroBatch
 from e5core.distributed import ALONE, World, log, share
-from e5core.fp8 import apply_fp8, check_fp8
+from e5core.fp8 import ATTENTION, apply_fp8, check_fp8
 from e5core.lora import LoraConfig, TokenKeys, apply_lora, init_lora, make_room
 from e5core.recompute import Policy, apply_recompute
 from e5core.rope_scaling import AS_TRAINED, LongContext, lengthened
@@ -40,7 +40,7 @@ class BackboneSource:
     causal: bool = True  # false: bidirectional attention
     pooling: Pooling = "last"  # or the mean of all tokens, or that with the weights 1, 2, ..., n (SGPT)
     frozen_dtype: Literal["same", "fp8"] = "same"  # of the layers' linears; fp8: row-wise e4m3, their inputs too
-    fp8_skip: tuple[str, ...] = ()  # left in dtype under fp8: "w_down", "layers.0", "layers.0.attention.wq"
+    fp8_skip: tuple[str, ...] | None = None  # left in dtype under fp8: "w_down", "layers.0", "layers.0.attention.wq"
 
     def __post_init__(self) -> None:
         if self.fp8_skip and self.frozen_dtype != "fp8":
@@ -48,8 +48,13 @@ class BackboneSource:
 
     @property
     def skipped(self) -> tuple[str, ...] | None:
-        """The linears that fp8 skips; None without fp8."""
-        return self.fp8_skip if self.frozen_dtype == "fp8" else None
+        """The linears that fp8 skips, where none are named attention's, which docs/results.md gives the reason for.
+
+        None without fp8.
+        """
+        if self.frozen_dtype != "fp8":
+            return None
+        return ATTENTION if self.fp8_skip is None else self.fp8_skip
 
 
 class EmbeddingModel(nn.Module):

@@ -122,6 +122,8 @@ def estimate(sizes: Sizes, work: Workload, setting: Setting, ranks: Ranks, card:
     texts = work.batch_size * (1 + work.candidates) / ranks.world_size
     forward, backward, again = flops_of(sizes, mean, texts, (work.seen, mean / texts), setting.recompute)
     flops = forward * (2 - min(1.0, fullest / mean)) + backward + again
+    in_fp8 = sizes.quantised / (sizes.config.n_layers * sizes.block)  # of the products
+    seconds_a_flop = (1 - in_fp8 + in_fp8 / (card.fp8_gain or 1)) / card.rate
     device = torch.device(card.kind)
     traffic = traffic_of(sizes, setting.strategy, ranks, n_micro, candidates, dtype, device)
     passes = 3 * n_micro - 1  # each reads the weights once, beside its products
@@ -135,7 +137,7 @@ def estimate(sizes: Sizes, work: Workload, setting: Setting, ranks: Ranks, card:
         lines=ledger(sizes, setting, ranks, load, dtype, device),
         flops=flops,
         traffic=traffic,
-        compute_s=flops / (card.rate * (card.fp8_gain if sizes.quantised else 1)) + reading,
+        compute_s=flops * seconds_a_flop + reading,
         gather_s=traffic.units / (near if setting.strategy == "hybrid" else wide),
         reduce_s=(traffic.gradients + traffic.candidates) / wide,
     )

@@ -2,7 +2,8 @@
 
     backbone.frozen_dtype = "fp8"      y = (q W_q^T) s_x s_w + b,  dx = (g_q V_q^T) s_g s_v    (e5kernels/fp8_linear.py)
     backbone.fp8_skip = ["w_down"]     these stay in the backbone's dtype, in every layer; or, in one of them,
-                                       "layers.1.feed_forward.w_down"; or a whole layer, "layers.0"
+                                       "layers.1.feed_forward.w_down"; or a whole layer, "layers.0"; by default
+                                       attention's four
 
 The weights are quantised one by one as they come from the file, and never stand beside a whole copy in another dtype.
 The adapters and all that is between the linears stay as they are without fp8. Before the linears stand norms and the
@@ -15,10 +16,11 @@ import torch
 from torch import nn
 
 from e5core.backbone import FP8_LEAVES, Backbone, Block
-from e5core.lora import LINEARS, owner_of
+from e5core.lora import LINEARS, READERS, owner_of
 from e5kernels.fp8 import E4M3
 from e5kernels.fp8_linear import MULTIPLE
 
+ATTENTION = READERS[0] + READERS[1]  # its linears: fp8 costs most there, and they are a fifth of a Mistral's products
 CAPABILITY = (8, 9)  # of the first GPUs that multiply e4m3
 
 

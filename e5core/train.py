@@ -343,7 +343,7 @@ def _card(config: Config, model_path: Path, encoder: Encoder) -> checkpoint.Card
         tokenizer_contract=dict(encoder.tokenizer.contract()),
         template=SHAPES[config.batch.template],
         frozen_dtype=config.backbone.frozen_dtype,
-        fp8_skip=list(config.backbone.fp8_skip),
+        fp8_skip=list(config.backbone.skipped or ()),
     )
 
 

@@ -24,7 +24,7 @@ from bench.step_rows import RIVALS, own_step, parser_of, run_rows, variants, ver
 from bench.workloads import packed_lengths, triple_lengths, triples
 from e5core.batches import pack
 from e5core.encoder import BackboneSource
-from e5core.lora import LoraConfig, adapters
+from e5core.lora import LINEARS, LoraConfig, adapters
 from e5core.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -154,6 +154,9 @@ def test_a_steps_products_are_counted_layer_by_layer() -> None:
     once = sum(one.flops * n for one, n in counted.items() if one.rows in (5, 2))
     twice = sum(one.flops * n / (1 if one.is_dx else 2) for one, n in counted.items() if one.rows in (3, 1))
     assert model_flops(config, packed) == once + twice
+    attention = ("wq", "wk", "wv", "wo")
+    others = [name for name in LINEARS if name not in attention]
+    assert products_of(config, packed, attention) + products_of(config, packed, others) == counted
     assert Limit(config, CPU).seconds(packed, torch.float32) > 0
 
 

@@ -162,6 +162,12 @@ def test_a_replay_quantises_nothing_for_the_product_that_it_spares(
     assert counts["block"] == counts["none"], "of w_down's inputs, and of the gradients of gate and up"
 
 
+def test_attention_is_left_out_where_nothing_is_named() -> None:
+    assert BackboneSource(path="x", frozen_dtype="fp8").skipped == ("wq", "wk", "wv", "wo")
+    assert BackboneSource(path="x", frozen_dtype="fp8", fp8_skip=()).skipped == ()
+    assert BackboneSource(path="x").skipped is None
+
+
 def test_a_layer_is_skipped_whole(tmp_path: Path) -> None:
     save_peer("mistral", tmp_path)
     held = {name for name, p in built(tmp_path, ("layers.0", "wo")).backbone.named_parameters() if p.dtype == E4M3}

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,9 +109,13 @@ def run_module(command: Sequence[str], limit: float) -> dict[str, Any] | str:
 
 
 def why_failed(error: BaseException) -> str:
-    """Say in a row why it has no figures: OUT_OF_MEMORY, or the error's kind, its first line and its last."""
+    """Say in a row why it has no figures: OUT_OF_MEMORY, or the error's kind, its first line and its last.
+
+    The traceback of the latter goes to stderr, for the row is all that the caller makes of the error.
+    """
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
+    traceback.print_exception(error)
     told = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {' ... '.join(line[:300] for line in dict.fromkeys((told[0], told[-1])))}"
 

@@ -143,7 +143,7 @@ def rows_of(
                 elif mode in eager:
                     row |= {"x_over_eager": round(eager[mode] / row["ms"], 2)}
                 yield row
-        except Exception as error:  # of whatever kind: the others are to be timed
+        except Exception as error:  # of whatever kind: it is told, with its traceback, and the others are timed
             yield shared | {"failed": why_failed(error)}
         if device.type == "cuda":
             torch.cuda.empty_cache()

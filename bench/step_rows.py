@@ -133,7 +133,7 @@ def run_rows(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.de
         else:
             try:
                 row |= make()
-            except Exception as error:  # of whatever kind: the others are to be timed
+            except Exception as error:  # of whatever kind: it is told, with its traceback, and the others are timed
                 row |= {"failed": why_failed(error)}
         _free(device)
         rows.append(row | {"after_s": round(time.monotonic() - started, 1)})

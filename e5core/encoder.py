@@ -48,10 +48,7 @@ class BackboneSource:
 
     @property
     def skipped(self) -> tuple[str, ...] | None:
-        """The linears that fp8 skips, where none are named attention's, which docs/results.md gives the reason for.
-
-        None without fp8.
-        """
+        """The linears that fp8 skips, attention's where the config names none; None without fp8."""
         if self.frozen_dtype != "fp8":
             return None
         return ATTENTION if self.fp8_skip is None else self.fp8_skip

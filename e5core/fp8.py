@@ -20,7 +20,7 @@ from e5core.lora import LINEARS, READERS, owner_of
 from e5kernels.fp8 import E4M3
 from e5kernels.fp8_linear import MULTIPLE
 
-ATTENTION = READERS[0] + READERS[1]  # its linears: fp8 costs most there, and they are a fifth of a Mistral's products
+ATTENTION = READERS[0] + READERS[1]  # a fifth of a Mistral's products; docs/results.md has what they cost in fp8
 CAPABILITY = (8, 9)  # of the first GPUs that multiply e4m3
 
 

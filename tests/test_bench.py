@@ -207,7 +207,9 @@ def test_the_step_s_rows_and_what_they_are_held_to(tmp_path: Path) -> None:
     assert {row["skipped"] for row in rows_in(tmp_path / "late.jsonl")} == {"the deadline of -1 s is over"}
 
 
-def test_a_row_that_raises_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_raises_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     flags = "--device cpu --random tiny --layers 1 --triples 3 --longest 20 --runs 1".split()
     parser = parser_of("rows")
     parser.add_argument("--micro-batch-tokens", type=int, default=80)
@@ -219,6 +221,7 @@ def test_a_row_that_raises_does_not_end_the_others(tmp_path: Path, monkeypatch: 
     with pytest.raises(RuntimeError, match=f"{len(RIVALS)} rows failed, first of them transformers"):
         run_rows(parser.parse_args(flags), torch.float32, CPU, tmp_path / "rows.jsonl")
     rows = rows_in(tmp_path / "rows.jsonl")
+    assert capfd.readouterr().err.count("Traceback (most recent call last)") == len(RIVALS)
     told = "RuntimeError: python -m bench.rivals ended with 1: ... ImportError: no peft"
     assert [row["failed"] for row in rows if "failed" in row] == [told] * len(RIVALS)
     assert {row["dropout"] for row in rows if "tokens_per_s" in row} == {0.0, 0.1}

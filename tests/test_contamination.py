@@ -82,6 +82,16 @@ def test_a_folder_without_texts_or_with_a_broken_file_is_named(tmp_path: Path) -
         find_overlap([], [tmp_path])
 
 
+def write_rows(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def overlaps_told(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run `data check c.toml`, which passes.  Returns what it says of texts that evaluation sets have, too."""
+    assert main(["check", "c.toml", *arguments]) == 0
+    return capfd.readouterr().err.partition("texts of the training data in evaluation sets")[2]
+
+
 PLANTED = """
 [train]
 run = "run"
@@ -107,11 +117,10 @@ def test_data_check_counts_what_the_sets_of_eval_and_against_have_too(
     sentence = json.loads(sts.read_text(encoding="utf-8").partition("\n")[0])["sentence1"]
     rows = [{"id": f"r{i}", "query": text.upper(), "pos": [f"p{i}"]} for i, text in enumerate(questions)]
     rows.append({"id": "s", "query": "x", "pos": ["y"], "neg": [sentence]})
-    Path("planted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    Path("clean.jsonl").write_text('{"query": "who wrote this", "pos": ["nobody did"]}\n', encoding="utf-8")
+    write_rows(Path("planted.jsonl"), rows)
+    write_rows(Path("clean.jsonl"), [{"query": "who wrote this", "pos": ["nobody did"]}])
     Path("c.toml").write_text(PLANTED.format(sts=sts), encoding="utf-8")
-    assert main(["check", "c.toml", "--against", str(XQUAD), "--against", str(SCIFACT), "data.skip_broken=true"]) == 0
-    said = capfd.readouterr().err.partition("texts of the training data in evaluation sets")[2]
+    said = overlaps_told(capfd, "--against", str(XQUAD), "--against", str(SCIFACT), "data.skip_broken=true")
     assert f"{sts}: 1 records (0 query, 0 positive, 1 negative)\n      s, negative: {sentence[:100]!r}\n" in said
     assert f"{XQUAD}: 5 records (5 query, 0 positive, 0 negative)\n      r0, query: " in said
     assert "r2, query: " in said and "r3, query: " not in said
@@ -141,19 +150,17 @@ def test_data_check_compares_with_the_texts_that_a_classification_holds_out(
     monkeypatch.chdir(tmp_path)
     Path("intents").mkdir()
     for split, text in (("train", "my card is lost"), ("test", "where is my card")):
-        Path(f"intents/{split}.jsonl").write_text(json.dumps({"text": text, "label": "card"}) + "\n")
-    rows = [{"id": f"r{i}", "query": text, "pos": ["card"]} for i, text in enumerate(["my card is lost", "who is it"])]
-    Path("source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(Path(f"intents/{split}.jsonl"), [{"text": text, "label": "card"}])
+    texts = ["my card is lost", "who is it"]
+    write_rows(Path("source.jsonl"), [{"id": f"r{i}", "query": text, "pos": ["card"]} for i, text in enumerate(texts)])
     Path("c.toml").write_text(CLASSIFIED)
-    assert main(["check", "c.toml", "--against", "intents"]) == 0
-    said = capfd.readouterr().err.partition("texts of the training data in evaluation sets")[2]
+    said = overlaps_told(capfd, "--against", "intents")
     held_out = Path("intents/test.jsonl")
     assert f"{held_out}: 2 records (0 query, 2 positive, 0 negative)" in said, "its label, as of any set"
     assert "below --against's folders every file counts, a train split's too" in said
     assert "   intents: 2 records (1 query, 2 positive, 0 negative)\n      r0, query: 'my card is lost'" in said
-    Path("source.jsonl").write_text(json.dumps({"query": "Where is  my card", "pos": ["lost"]}) + "\n")
-    assert main(["check", "c.toml"]) == 0
-    said = capfd.readouterr().err
+    write_rows(Path("source.jsonl"), [{"query": "Where is  my card", "pos": ["lost"]}])
+    said = overlaps_told(capfd)
     assert f"{held_out}: 1 records (1 query, 0 positive, 0 negative)" in said
     held_out.unlink()
     assert main(["check", "c.toml"]) == 1

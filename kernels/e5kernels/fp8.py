@@ -61,6 +61,11 @@ def face(device: torch.device) -> str:
     return "triton" if device.type == "cuda" and sys.platform == "linux" else "reference"
 
 
+def multiplies_codes(device: torch.device) -> bool:
+    """Say whether products on a device read codes as they are; elsewhere they read what these stand for."""
+    return device.type == "cuda"
+
+
 @torch.no_grad()
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise the last dimension.  x: (..., K), K > 0.  Returns q (..., K) e4m3 and scale (..., 1) fp32."""
@@ -84,7 +89,7 @@ def values(q: Tensor, dtype: torch.dtype) -> Tensor:
 def rows_of(x: Tensor) -> Rows:
     """Quantise activations that nothing has quantised yet.  x: (T, K)."""
     q, scale = quantise_rows(x.detach())
-    return Rows(x, q if x.device.type == "cuda" else values(q, torch.promote_types(x.dtype, torch.float32)), scale)
+    return Rows(x, q if multiplies_codes(x.device) else values(q, torch.promote_types(x.dtype, torch.float32)), scale)
 
 
 def add_rms_norm_rows(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Rows]:

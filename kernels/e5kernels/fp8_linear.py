@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from e5kernels import native
 from e5kernels.adapted import Adapted, Drop, Fp8Weight, flattened, parted
-from e5kernels.fp8 import E4M3, Rows, face, quantise_rows, rows_of, values
+from e5kernels.fp8 import E4M3, Rows, face, multiplies_codes, quantise_rows, rows_of, values
 from e5kernels.lora_linear import dropped
 
 if sys.platform == "linux":  # Triton is published for no other
@@ -59,7 +59,7 @@ def scaled_product(
     """
     if not len(q):
         return q.new_empty(0, len(codes), dtype=dtype)
-    if q.device.type == "cuda":
+    if multiplies_codes(q.device):
         scales = {"scale_a": scale, "scale_b": codes_scale.T}
         return torch._scaled_mm(q, codes.T, **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
     return scaled_product_reference(q, scale, codes, codes_scale, bias, dtype)

@@ -160,6 +160,7 @@ class _GLURows(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
         y, (q, scale) = gate.new_empty(gate.shape), _room(gate)
+        ctx.set_materialize_grads(False)  # or autograd makes zeros of q's size for nobody
         ctx.mark_non_differentiable(q, scale)
         if gate.numel():
             gates, ups = _flat(gate), _flat(up)

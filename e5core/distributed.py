@@ -251,11 +251,12 @@ def begin_gather(whole: Tensor, part: Tensor, world: World) -> "dist.Work | None
 
 
 def scatter_sum(whole: Tensor, world: World) -> Tensor:
-    """Add up a tensor over the ranks.  whole: (W * n,), contiguous.  Returns (n,), this rank's part of the sum."""
+    """Add up a tensor over the ranks.  whole: (W * n, ...), contiguous.  Returns (n, ...), this rank's part."""
     if world.world_size == 1:
         return whole
-    part = whole.new_empty(len(whole) // world.world_size)
-    dist.reduce_scatter(part, list(whole.chunk(world.world_size)), group=world.group)
+    part = whole.new_empty(len(whole) // world.world_size, *whole.shape[1:])
+    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    scatter(part, whole, group=world.group)  # one tensor, as in begin_gather
     return part
 
 
@@ -277,17 +278,15 @@ class _GatherRows(torch.autograd.Function):
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         ctx.save_for_backward(slots)
-        ctx.n_rows, ctx.most, ctx.world_size, ctx.group = len(rows), most, world.world_size, world.group
+        ctx.n_rows, ctx.most, ctx.world = len(rows), most, world
         return _all_gather(padded, world).flatten(0, 1)[slots]
 
     @staticmethod
     def backward(ctx, g):  # noqa: ANN001, ANN205
         (slots,) = ctx.saved_tensors
-        padded = g.new_zeros(ctx.world_size * ctx.most, *g.shape[1:])
+        padded = g.new_zeros(ctx.world.world_size * ctx.most, *g.shape[1:])
         padded[slots] = g
-        own = g.new_empty(ctx.most, *g.shape[1:])
-        dist.reduce_scatter(own, list(padded.unflatten(0, (ctx.world_size, ctx.most))), group=ctx.group)
-        return own[: ctx.n_rows], None, None, None
+        return scatter_sum(padded, ctx.world)[: ctx.n_rows], None, None, None
 
 
 def _all_gather(tensor: Tensor, world: World) -> Tensor:

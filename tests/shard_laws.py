@@ -74,26 +74,32 @@ def whole(model: EmbeddingModel, parts: dict[str, Tensor]) -> np.ndarray:
 def recorded() -> Iterator[dict[str, list[int]]]:
     """Record the bytes that each of torch's collectives takes from this rank, or brings to it."""
     calls: dict[str, list[int]] = {"gather": [], "scatter": [], "all_reduce": []}
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
-    gather, scatter, all_reduce = vars(dist)[name], dist.reduce_scatter, dist.all_reduce
+    is_new = hasattr(dist, "all_gather_single")  # since torch 2.13
+    names = (
+        ("all_gather_single", "reduce_scatter_single")
+        if is_new
+        else ("all_gather_into_tensor", "reduce_scatter_tensor")
+    )
+    names += ("all_reduce",)
+    gather, scatter, all_reduce = before = [vars(dist)[name] for name in names]
 
     def gathered(into: Tensor, own: Tensor, **others: Any) -> Any:
         calls["gather"].append(into.nbytes - own.nbytes)
         return gather(into, own, **others)
 
-    def scattered(own: Tensor, parts: list[Tensor], **others: Any) -> Any:
-        calls["scatter"].append(sum(part.nbytes for part in parts) - own.nbytes)
-        return scatter(own, parts, **others)
+    def scattered(own: Tensor, whole: Tensor, **others: Any) -> Any:
+        calls["scatter"].append(whole.nbytes - own.nbytes)
+        return scatter(own, whole, **others)
 
     def reduced(total: Tensor, *arguments: Any, **others: Any) -> Any:
         calls["all_reduce"].append(total.nbytes)
         return all_reduce(total, *arguments, **others)
 
-    vars(dist)[name], dist.reduce_scatter, dist.all_reduce = gathered, scattered, reduced
+    vars(dist).update(zip(names, (gathered, scattered, reduced), strict=True))
     try:
         yield calls
     finally:
-        vars(dist)[name], dist.reduce_scatter, dist.all_reduce = gather, scatter, all_reduce
+        vars(dist).update(zip(names, before, strict=True))
 
 
 def training(

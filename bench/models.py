@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -72,15 +73,16 @@ def random_model(
 def filled_model(
     path: Path,
     source: BackboneSource,
-    lora: LoraConfig,
+    lora: LoraConfig | None,
     dtype: torch.dtype,
     device: torch.device,
     recompute: Policy = "none",
+    **held: Any,
 ) -> EmbeddingModel:
     """Build a model as a run does, by encoder.build_model, with random weights in place of its files'.
 
     path: says what the decoder is; config.json is enough.  source: the [backbone] table; its path and dtype are not
-    looked at.
+    looked at.  held: that function's full, strategy and world.
     Raises ValueError for a key of the table that is not handed on here: the model would not be what it says.
     """
     form = {"causal": source.causal, "pooling": source.pooling, "fp8_skip": source.skipped}
@@ -88,7 +90,7 @@ def filled_model(
     if unheard:
         raise ValueError(f"bench/models.py does not hand on backbone.{unheard[0]}; make it do so")
     weights = random_tensors(read_config(path), dtype, device)
-    return build_model(path, dtype, device, lora=lora, seed=0, recompute=recompute, tensors=weights, **form)
+    return build_model(path, dtype, device, lora=lora, seed=0, recompute=recompute, tensors=weights, **form, **held)
 
 
 def write_config(folder: Path, config: BackboneConfig, dtype: torch.dtype) -> None:

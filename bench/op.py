@@ -12,6 +12,7 @@ profile of all allocations.
 """
 
 import argparse
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +165,7 @@ def _timed(
     else:
         row |= {"gb_per_s": _short(n_bytes / ms / 1e6)}
     row |= {"floor_ms": _short(floor), "roofline_percent": round(100 * floor / ms, 1)}
-    extra = peak_bytes(call, device) - case.excluded.get(name, 0) * (mode == "both")
+    extra = allocations(call, device)[1] - case.excluded.get(name, 0) * (mode == "both")
     row |= {"extra_mib": round(max(0, extra) / MIB, 2)}  # what is excluded is not all there at the peak
     if mode == "both" and name in case.limits_ms:
         row |= {"limit_ms": _short(case.limits_ms[name]), "limit": "pass" if ms <= case.limits_ms[name] else "fail"}
@@ -217,14 +218,15 @@ def _results(case: Case, function: Function, dtype: torch.dtype, gs: Sequence[Te
     return [*(out.detach() for out in outputs), first[:, : case.columns] if case.columns else first, *others]
 
 
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Return the bytes that live at once at most during a call, beyond those before it."""
+def allocations(function: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Return the bytes that a call leaves allocated, and the most that live during it, both beyond those before."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
     events = enumerate(profiled.profiler.kineto_results.events())
@@ -232,7 +234,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     for _, _, n_bytes in sorted((e.start_ns(), i, e.nbytes()) for i, e in events if e.name() == "[memory]"):
         live += n_bytes
         peak = max(peak, live)
-    return peak
+    return live, peak
 
 
 def _short(value: float) -> float:

@@ -1,90 +1,124 @@
-"""Hold a plan's memory against a step's: python -m bench.plan [--config CONFIG] [--tokens 2048 8192].
+"""Hold a plan's memory against a step's: python -m bench.plan [--config CONFIG] [--tokens 2048 8192] [--dry].
 
-A model of the config's sizes with random weights does one step, of two micro-batches of --tokens, under each recompute
-policy; predicted is the ledger of e5core.memory, measured what torch's allocator held at most: CUDA's own count, or on
-the CPU all allocations of a profile added up. No weights are read: config.json or a .gguf file's head is enough.
+A model of the config's sizes with random weights does one step, of two micro-batches of --tokens on each rank, under
+each recompute policy; predicted is the ledger of e5core.memory, measured what torch's allocator held at most: by CUDA's
+own count, or on the CPU all allocations of a profile added up. No weights are read: config.json or a .gguf file's head
+is enough. Under torchrun each rank does its part, and rank 0 tells its own.
+--dry counts what a GPU would be asked for, without one (dry_run.py); --world-size then makes it one rank of so many.
 """
 
 import argparse
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
+from bench.dry_run import dry_run
 from bench.models import filled_model
-from bench.op import peak_bytes
+from bench.op import allocations
 from bench.roofline import device_name, record
-from e5core.batches import GlobalBatch, pack
+from e5core.batches import GlobalBatch
 from e5core.cards import MIB
 from e5core.config import load_config
-from e5core.encoder import EmbeddingModel, choose_dtype
-from e5core.lora import adapters
-from e5core.loss import LossConfig
+from e5core.distributed import World, finish, start
+from e5core.encoder import choose_dtype
 from e5core.memory import Load, Ranks, Setting, ledger, sizes_of
-from e5core.optim import AdamW, OptimConfig
+from e5core.optim import OptimConfig
 from e5core.recompute import Policy
 from e5core.run import Config
-from e5core.step import backward_step
-from e5core.weights import resolve_model
+from e5core.step import backward_step, make_optimizer
+from e5core.weights import read_config, resolve_model
 from e5kernels.infonce import Relations
 
-LENGTH = 128  # of a text
+CUDA = torch.device("cuda")
 
 
-def random_batch(n_tokens: int, vocab_size: int) -> GlobalBatch:
-    """Make pairs of random texts, n_tokens in all."""
-    n = n_tokens // LENGTH // 2
-    ids = torch.randint(0, vocab_size, (2 * n, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
-    index, is_open = torch.arange(n), torch.ones(n, dtype=torch.bool)
-    relations = Relations(index, index, index, -1 - index[:, None], index, is_open, is_open)
-    names = [str(i) for i in range(n)]
-    return GlobalBatch(ids, list(range(2 * n)), relations, [list(range(n))], [None] * n, names, 0)
+def random_batch(n_tokens: int, length: int, vocab_size: int, world: World) -> GlobalBatch:
+    """Make pairs of random texts of a length, n_tokens in all on each rank."""
+    n = n_tokens // length // 2
+    ids = torch.randint(0, vocab_size, (2 * n, length), generator=torch.Generator().manual_seed(0)).tolist()
+    every = torch.arange(n * world.world_size)
+    own, is_open = every[n * world.rank :][:n], torch.ones(len(every), dtype=torch.bool)
+    relations = Relations(own, own, every, -1 - own[:, None], every, is_open[:n], is_open)
+    rows = [*own.tolist(), *(len(every) + own).tolist()]
+    candidates, names = every.unflatten(0, (-1, n)).tolist(), [str(i) for i in every.tolist()]
+    return GlobalBatch(ids, rows, relations, candidates, [None] * n, names, 0)
 
 
-def measured_bytes(model: EmbeddingModel, batch: GlobalBatch, budget: int, device: torch.device) -> int:
-    """Do a step with AdamW's moments there.  Returns the bytes that were live at the peak."""
-    optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad}, OptimConfig())
-    held = sum(part.values.nbytes for part in optimizer.state().values()) + sum(p.nbytes for p in model.parameters())
-    if device.type == "cuda":
-        held = torch.cuda.memory_allocated(device)
-    return held + peak_bytes(lambda: backward_step(model, batch, LossConfig(), budget, (0, 0)), device)
+def measure(config: Config, setting: Setting, length: int, world: World, device: torch.device) -> dict[str, Any]:
+    """Do a step of two full micro-batches.  Returns its row.
+
+    length: of a text, which divides the micro-batch's tokens.  device: that is planned for; the world's, or a dry one.
+    """
+    path, source = resolve_model(config.backbone.path), config.backbone
+    sizes = sizes_of(read_config(path), config.adapters, source.pooling, source.skipped)
+    dtype, _ = choose_dtype(source.dtype, device)
+    budget = setting.micro_batch_tokens
+    batch = random_batch(2 * budget, length, sizes.config.vocab_size, world)
+    n_own = batch.n_queries // world.world_size
+    load = Load(budget, budget, batch.n_tokens, len(batch.sequences), n_own, batch.n_queries)
+    lines = ledger(sizes, setting, Ranks(world.world_size, world.local_size), load, dtype, device)
+    held = {"full": config.train.full, "strategy": setting.strategy, "world": world}
+    there: list[Any] = []  # what the step finds
+
+    def begin() -> None:
+        model = filled_model(path, source, config.adapters, dtype, world.device, setting.recompute, **held)
+        there.extend((model, make_optimizer(model, OptimConfig())))
+
+    def step() -> None:
+        backward_step(there[0], batch, config.loss, budget, (0, 0), world)
+
+    measured = allocations(begin, world.device)[0] + allocations(step, world.device)[1]
+    predicted = sum(lines.values())
+    row = {"bench": "plan", "model": Path(source.path).name, "dtype": str(dtype), "frozen_dtype": source.frozen_dtype}
+    row |= {"full": config.train.full, "strategy": setting.strategy, "ranks": world.world_size}
+    row |= {"recompute": setting.recompute, "micro_batch_tokens": budget, "candidates": batch.n_queries}
+    return row | {
+        "predicted_mib": round(predicted / MIB, 1),
+        "measured_mib": round(measured / MIB, 1),
+        "ratio": round(predicted / measured, 4),
+    }
 
 
-def main() -> None:
-    """Measure every policy at every micro-batch size, a row each."""
+def main(argv: list[str] | None = None) -> int:
+    """Measure every policy at every micro-batch size, a row each.  Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", type=Path, default=Path("configs/smollm2.toml"), help="whose backbone and adapters")
     parser.add_argument("--model", help="in place of the config's backbone.path; config.json is enough")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096], help="of a micro-batch")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--length", type=int, default=128, help="of a text in tokens, which says how many there are")
+    parser.add_argument("--strategy", choices=("none", "hybrid", "full"), default="none")
+    parser.add_argument("--dry", action="store_true", help="count what a GPU would be asked for, without one")
+    parser.add_argument("--world-size", type=int, default=1, help="of a dry run, which is rank 0's")
     parser.add_argument("--out", type=Path, help="JSON-lines file to append to (default: bench/results/DEVICE.jsonl)")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    arguments = parser.parse_args(argv)
+    if any(n % arguments.length for n in arguments.tokens):
+        parser.error(f"--tokens must be multiples of --length {arguments.length}: got {arguments.tokens}")
+    if arguments.dry and arguments.strategy == "hybrid":
+        parser.error("--dry has no other rank to ask how nodes are made up, as --strategy hybrid does")
+    if not arguments.dry and arguments.world_size > 1:
+        parser.error("--world-size is a dry run's; start real ranks by torchrun")
     config = load_config(Config, arguments.config)
     if arguments.model:
         config = replace(config, backbone=replace(config.backbone, path=arguments.model))
-    dtype, _ = choose_dtype(config.backbone.dtype, device)
-    out = arguments.out or Path(f"bench/results/{device_name(device)}.jsonl")
-    for policy in get_args(Policy):
-        path = resolve_model(config.backbone.path)
-        model = filled_model(path, config.backbone, config.lora, dtype, device, policy)
-        sizes = sizes_of(model.backbone.config, config.lora)
-        assert sum(1 for _ in adapters(model.backbone)) == len(config.lora.targets) * sizes.config.n_layers
-        for n_tokens in arguments.tokens:
-            batch = random_batch(2 * n_tokens, sizes.config.vocab_size)
-            pieces = [len(piece.tokens) for piece in pack(batch.sequences, n_tokens, device)]
-            n = batch.n_queries
-            load = Load(pieces[0], pieces[1], batch.n_tokens, 2 * n, n, n)
-            lines = ledger(sizes, Setting("none", n_tokens, policy), Ranks(1), load, dtype, device)
-            predicted, measured = sum(lines.values()), measured_bytes(model, batch, n_tokens, device)
-            row = {"bench": "plan", "model": Path(config.backbone.path).name, "dtype": str(dtype), "recompute": policy}
-            row |= {"micro_batch_tokens": n_tokens, "predicted_mib": round(predicted / MIB, 1)}
-            row |= {"measured_mib": round(measured / MIB, 1), "ratio": round(predicted / measured, 4)}
-            record(row, device, out)
-            model.zero_grad()
-        del model
+    if arguments.dry:
+        world = World(rank=0, world_size=arguments.world_size, device=torch.device("cpu"))
+    else:
+        world = start()
+    device = CUDA if arguments.dry else world.device
+    out = arguments.out or Path(f"bench/results/{'dry_run' if arguments.dry else device_name(device)}.jsonl")
+    with dry_run() if arguments.dry else nullcontext():
+        for policy, n_tokens in product(get_args(Policy), arguments.tokens):
+            row = measure(config, Setting(arguments.strategy, n_tokens, policy), arguments.length, world, device)
+            if world.is_main:
+                record(row | {"dry": arguments.dry}, world.device, out)
+    finish()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

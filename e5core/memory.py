@@ -29,7 +29,7 @@ from e5core.encoder import Pooling
 from e5core.fp8 import apply_fp8
 from e5core.lora import LINEARS, READERS, LoraConfig, adapted_readers, adapters, apply_lora
 from e5core.recompute import Policy
-from e5kernels import attention, dropout, fp8, infonce, rms_norm, swiglu
+from e5kernels import attention, dropout, fp8, infonce, lora_linear, rms_norm, swiglu
 from e5kernels.lora_linear import room_of
 
 # What linears keep whose own weights are trained is what adapters keep beside z: their input, once for those of one.
@@ -155,27 +155,26 @@ def ledger(
     own_adapters = wide * sizes.adapters // shards
     gathered = 2 * (block + wide * sizes.adapters // n_layers) + e * sizes.root  # which stays whole beside two blocks
     tokens = _Tokens(sizes, dtype, device)
-    first = tokens.kept(setting.recompute, load.tokens) + tokens.working(setting.recompute, load.tokens)
+    kept_first = tokens.kept(setting.recompute, load.tokens)  # while the loss is computed, too
+    first = kept_first + tokens.working(setting.recompute, load.tokens)
     later = tokens.kept(setting.recompute, load.next_tokens) + tokens.working(setting.recompute, load.next_tokens)
     gradients = wide * sizes.adapters if later + wide * sizes.adapters > first else 0  # the fullest goes first
     at_peak = load.next_tokens if gradients else load.tokens
-    loss = _loss_bytes(sizes, load, wide, device)
-    working = tokens.working(setting.recompute, at_peak)
-    lines = {
+    kept, working = tokens.kept(setting.recompute, at_peak), tokens.working(setting.recompute, at_peak)
+    in_loss = kept_first + _loss_bytes(sizes, load, wide, device)
+    summed = 0 if ranks.world_size == 1 else 2 * wide * sizes.adapters - gradients  # when nothing is kept any more
+    return {
         "frozen weights": (block * n_layers + e * sizes.root) // shards,
         "gathered units": 0 if setting.strategy == "none" else gathered,
         "adapters (fp32)": own_adapters,
         "gradients of adapters": gradients,
         "AdamW's moments": 2 * own_adapters,
-        "activations kept": tokens.kept(setting.recompute, at_peak),
+        "activations kept": kept,
         "working memory (backward pass)": working,
-        "loss, beyond working memory": max(0, loss - working),
+        "loss, beyond the backward pass": max(0, in_loss - gradients - kept - working),
         "token ids, embeddings and their gradient": 8 * load.all_tokens + 3 * load.texts * sizes.config.dim * wide,
-        "communication buffers": 0 if ranks.world_size == 1 else wide * sizes.adapters,
+        "communication, beyond the backward pass": max(0, summed - kept - working),
     }
-    if shards == ranks.world_size > 1:
-        lines["communication buffers"] += 2 * load.candidates * sizes.config.dim * wide
-    return lines
 
 
 def _full_ledger(
@@ -189,15 +188,16 @@ def _full_ledger(
     e, wide, shards = dtype.itemsize, max(4, dtype.itemsize), ranks.shards(setting.strategy)
     block, root = (sizes.whole - sizes.root) // sizes.config.n_layers, sizes.root
     masters, tokens = wide * sizes.whole // shards, _Tokens(sizes, dtype, device)
+    done = int(sizes.pooling == "last")  # blocks, at the last but one
     moments = [(masters, 0, 0, (e + wide) * root)]
-    for n_tokens, gradients in ((load.tokens, 2 * wide * block // shards), (load.next_tokens, masters)):
+    for n_tokens, gradients in ((load.tokens, done * wide * block // shards), (load.next_tokens, masters)):
         working = tokens.working(setting.recompute, n_tokens)
         # the unit's in hand: all where nothing is replayed first, else w_down's; or those of the last one, added up
         own = block if setting.recompute == "none" else sizes.config.dim * sizes.config.hidden_dim
         flat = max(e * own, (e + wide) * block - working)
         moments.append((gradients, tokens.kept(setting.recompute, n_tokens), working, flat) if n_tokens else (0,) * 4)
     gradients, kept, working, flat = max(moments, key=sum)
-    several = ranks.world_size > 1
+    in_loss = tokens.kept(setting.recompute, load.tokens) + _loss_bytes(sizes, load, wide, device)
     return {
         "masters (fp32)": masters,
         "gathered units": e * (2 * block + root),
@@ -206,9 +206,9 @@ def _full_ledger(
         "activations kept": kept,
         "working memory (backward pass)": working,
         "a unit's gradients": flat,
-        "loss, beyond working memory": max(0, _loss_bytes(sizes, load, wide, device) - working),
+        "loss, beyond the backward pass": max(0, in_loss - gradients - kept - working - flat),
         "token ids, embeddings and their gradient": 8 * load.all_tokens + 3 * load.texts * sizes.config.dim * wide,
-        "communication buffers": several * wide * (block + 2 * load.candidates * sizes.config.dim),
+        "sums over ranks": 0 if ranks.world_size == 1 else wide * block // shards,
     }
 
 
@@ -246,6 +246,7 @@ class _Tokens:
         self.c, self.lora, self.pooling, self.widest = sizes.config, sizes.lora, sizes.pooling, sizes.widest
         self.e, self.wide = dtype.itemsize, max(4, dtype.itemsize)
         self.plain = {op: op.face(device) == "reference" for op in (attention, dropout, fp8, rms_norm, swiglu)}
+        self.fused = lora_linear.face(device) == "triton" and dtype != torch.float64
         self.plain[rms_norm] |= sizes.full and device.type == "cpu"  # whose compiled op knows no gradient of the weight
         spare, self.full = room_of(sizes.lora.rank, dtype, device), sizes.full
         # columns behind what each of READERS reads, on average over the blocks
@@ -269,22 +270,35 @@ class _Tokens:
     def working(self, policy: Policy, n_tokens: int) -> int:
         """Return what the backward pass takes at the last block but one: replayed activations, gradients in flight."""
         c, x = self.c, self.c.dim * self.e
-        in_flight = x + (x if c.post_norms else 0)
+        in_flight = x
+        if (
+            c.post_norms
+        ):  # by a kernel, w_down's own gradient is not the fullest moment, and after it that norm's is free
+            in_flight += -self._norm(c.dim) if self.fused else x
         adapted, f = "w_down" in self.lora.targets, c.hidden_dim
-        late = not adapted or self.full  # a plain linear frees its input when all is done
+        late = not adapted or self.full and self.plain[rms_norm]
         in_flight += (3 if late else 2) * f * self.e  # of gate, up and their product, less the freed product
-        if adapted and self.lora.dropout:
+        if adapted and self.lora.dropout and not self.fused:
             drawn = f * self.e
             if self.plain[dropout]:  # bits, mask, the product in wide, what is chosen from it
                 drawn = f * (2 + 2 * self.wide + (self.wide if self.e != self.wide else 0))
             in_flight = max(in_flight, x + 2 * f * self.e + drawn)
         shared = x if not self.plain[rms_norm] or self.e == self.wide else 0  # the replay's norm keeps the saved x
+        last = self._last_block() if policy == "none" and self.pooling == "last" and self.fused else 0
+        in_flight = max(in_flight, last)
         replayed = {"none": 0, "mlp": self.feed() - shared + x, "block": self.attention() + self.feed() - shared + x}
         peak = n_tokens * (replayed[policy] + in_flight)
         if self.widest and self.plain[fp8]:  # w_down's transposed codes and their places in a table, g's values, dx
             decoded = (self.wide + 4) * self.widest + n_tokens * (x + self.wide * (c.dim + f))
             peak = max(peak, n_tokens * replayed[policy] + decoded)
         return peak
+
+    def _last_block(self) -> int:
+        """Return what a token has there when the last block's k and v take their gradients: x, h, and all of these."""
+        c, e = self.c, self.e
+        wide = c.dim + self.spare[("wq", "wk", "wv")]
+        n_adapted = sum(name in self.lora.targets for name in ("wk", "wv"))
+        return self._norm(c.dim) + (c.dim + 4 * wide + 2 * self.kv + n_adapted * self.lora.rank) * e
 
     def attention(self) -> int:
         """Return what a token keeps of x + attention(norm(x)) in one block."""

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faces import BUILT
 from full_laws import CASES, by_torch, resumed, steps, trained, trainings
 from models import moments, save_embedder, save_peer
 from rank_laws import cut_to
 from ranks import run_ranks
 from safetensors.torch import load_file
-from test_plan import allocated_peak, save_wider
 from tiny_runs import CONFIG, SYNTHETIC, batch_of, lines_of, train_until
 
 from e5core import checkpoint
@@ -28,12 +26,10 @@ from e5core.evaluate import main as evaluate_main
 from e5core.export import Trained
 from e5core.export import main as export_main
 from e5core.loss import LossConfig
-from e5core.memory import Load, Ranks, Setting, ledger, sizes_of
 from e5core.merge import main as merge_main
 from e5core.model_files import write_gguf
 from e5core.optim import OptimConfig
 from e5core.plan import main as plan_main
-from e5core.recompute import Policy
 from e5core.report import report
 from e5core.run import Config
 from e5core.step import backward_step, make_optimizer
@@ -236,24 +232,6 @@ def test_its_gradient_is_that_of_the_whole_batch(config_file: Path) -> None:
     config = load_config(Config, config_file)
     found = verify_gradient(config, ALONE)
     assert found.passed and found.scale == pytest.approx(1, abs=1e-5)
-
-
-@BUILT
-@pytest.mark.parametrize("policy", ["none", "mlp", "block"])
-@pytest.mark.parametrize("budget", [250, 1000, 100_000])
-def test_a_step_s_peak_is_predicted_to_5_percent(policy: Policy, budget: int, tmp_path: Path) -> None:
-    folder = save_wider("mistral", tmp_path / "model")
-    model = build_model(folder, torch.float32, CPU, causal=True, lora=None, full=True, seed=0, recompute=policy)
-    batch = batch_of(folder, n=16)
-    counted = allocated_peak(lambda: backward_step(model, batch, LossConfig(), budget, (0, 0)))
-    pieces = sorted((len(piece.tokens) for piece in pack(batch.sequences, budget, CPU)), reverse=True)
-    load = Load(pieces[0], (*pieces, 0)[1], batch.n_tokens, len(batch.sequences), 16, 32)
-    lines = ledger(
-        sizes_of(model.backbone.config, None), Setting("none", budget, policy), Ranks(1), load, torch.float32, CPU
-    )
-    masters = sum(part.values.nbytes for part in model.slices().values())
-    assert [lines.pop(name) for name in ("masters (fp32)", "AdamW's moments")] == [masters, 2 * masters]
-    assert sum(lines.values()) / counted == pytest.approx(1, abs=0.05)
 
 
 def test_a_plan_knows_what_it_takes(config_file: Path, capfd: pytest.CaptureFixture[str]) -> None:

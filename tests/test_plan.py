@@ -1,12 +1,10 @@
 """A plan's memory is what is allocated, its products are what runs, its formulas are those of paper and pencil."""
 
-import gc
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,15 +12,14 @@ from typing import Any, get_args
 import pytest
 import torch
 from faces import BUILT
-from models import SIZES, VARIANTS, randomised, save_embedder
+from peaks import CPU, built, save_wider
 from tiny_runs import CONFIG, ROOT, SYNTHETIC, batch_of
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from e5core.batches import BatchConfig, pack
 from e5core.cards import CARDS
 from e5core.config import load_config
-from e5core.encoder import EmbeddingModel, Pooling, build_model
+from e5core.encoder import Pooling
 from e5core.estimate import estimate, flops_of, make_plan, traffic_of
 from e5core.lora import LoraConfig
 from e5core.loss import LossConfig
@@ -35,7 +32,7 @@ from e5core.train import main as train_main
 from e5core.weights import read_config
 from e5core.workload import Workload, assumed
 
-CPU, WHOLE = torch.device("cpu"), 100_000
+WHOLE = 100_000
 MISTRAL = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096,
     "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
@@ -59,34 +56,9 @@ def sizes(seven_b: Path) -> Sizes:
     return sizes_of(read_config(seven_b), LoraConfig())
 
 
-def save_wider(variant: str, folder: Path) -> Path:
-    """Save a tiny model whose proportions are a real one's, with a tokenizer."""
-    save_embedder(folder)
-    config_class, model_class, changes = VARIANTS[variant]
-    sizes = SIZES | changes | {"vocab_size": 259, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": None}
-    sizes |= {"hidden_size": 96, "intermediate_size": 288, "max_position_embeddings": 512}
-    torch.manual_seed(0)
-    randomised(model_class(config_class(**sizes))).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_wider("mistral", tmp_path_factory.mktemp("wider"))
-
-
-def allocated_peak(run: Callable[[], object]) -> int:
-    """Add up what torch's CPU allocator gives and takes back during a run.  Returns the most that was live."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    events = profiled.profiler.kineto_results.events()
-    changes = [(event.start_ns(), i, event.nbytes()) for i, event in enumerate(events) if event.name() == "[memory]"]
-    live = peak = 0
-    for _, _, n_bytes in sorted(changes):
-        live += n_bytes
-        peak = max(peak, live)
-    return peak
 
 
 class Products(TorchDispatchMode):
@@ -102,84 +74,6 @@ class Products(TorchDispatchMode):
             a, b = args[-2:]
             self.total += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         return op(*args, **(kwargs or {}))
-
-
-def built(
-    folder: Path,
-    policy: Policy,
-    dropout: float,
-    dtype: torch.dtype = torch.float32,
-    pooling: Pooling = "last",
-    fp8_skip: tuple[str, ...] | None = None,
-) -> EmbeddingModel:
-    lora = LoraConfig(rank=4, dropout=dropout)
-    form = {"pooling": pooling, "fp8_skip": fp8_skip}
-    return build_model(folder, dtype, CPU, causal=True, lora=lora, seed=0, recompute=policy, **form)
-
-
-def predicted_over_counted(
-    folder: Path,
-    policy: Policy,
-    budget: int,
-    dropout: float,
-    dtype: torch.dtype = torch.float32,
-    pooling: Pooling = "last",
-    fp8_skip: tuple[str, ...] | None = None,
-) -> float:
-    """Hold the ledger, less what was there before the step, against the allocations of a step."""
-    model, batch = built(folder, policy, dropout, dtype, pooling, fp8_skip), batch_of(folder, n=16)
-    counted = allocated_peak(lambda: backward_step(model, batch, LossConfig(), budget, (0, 0)))
-    pieces = sorted((len(piece.tokens) for piece in pack(batch.sequences, budget, CPU)), reverse=True)
-    load = Load(pieces[0], (*pieces, 0)[1], batch.n_tokens, len(batch.sequences), 16, 32)
-    lines = ledger(
-        sizes_of(model.backbone.config, LoraConfig(rank=4, dropout=dropout), pooling, fp8_skip),
-        Setting("none", budget, policy), Ranks(1), load, dtype, CPU,
-    )  # fmt: skip
-    before = ("frozen weights", "adapters (fp32)", "AdamW's moments")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    assert [lines[name] for name in before] == [weights, trained, 2 * trained]
-    return sum(n_bytes for name, n_bytes in lines.items() if name not in before) / counted
-
-
-@BUILT
-@each_policy
-@pytest.mark.parametrize("budget", [250, 1000, WHOLE])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_step_s_peak_is_predicted_to_5_percent(policy: Policy, budget: int, dropout: float, folder: Path) -> None:
-    assert predicted_over_counted(folder, policy, budget, dropout) == pytest.approx(1, abs=0.05)
-
-
-@BUILT
-@pytest.mark.parametrize("policy", ["none", "block"])
-def test_so_it_is_where_the_mean_is_pooled(policy: Policy, folder: Path) -> None:
-    assert predicted_over_counted(folder, policy, 250, 0.1, pooling="mean") == pytest.approx(1, abs=0.05)
-
-
-@BUILT
-@each_policy
-@pytest.mark.parametrize("fp8_skip", [(), ("w_down", "wo")])
-def test_so_it_is_in_fp8(policy: Policy, fp8_skip: tuple[str, ...], folder: Path) -> None:
-    assert predicted_over_counted(folder, policy, 250, 0.1, fp8_skip=fp8_skip) == pytest.approx(1, abs=0.08)
-
-
-@BUILT
-@each_policy
-@pytest.mark.parametrize("variant", ["qwen2", "qwen3", "gemma3"])
-def test_so_it_is_for_other_families(policy: Policy, variant: str, tmp_path: Path) -> None:
-    save_wider(variant, tmp_path)
-    assert predicted_over_counted(tmp_path, policy, 250, 0.1) == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("policy", "dtype"),
-    [("none", torch.float32), ("mlp", torch.float32), ("block", torch.float32), ("none", torch.bfloat16)],
-)
-def test_so_it_is_where_no_op_is_compiled(
-    policy: Policy, dtype: torch.dtype, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("e5kernels.native.AVAILABLE", False)
-    assert predicted_over_counted(folder, policy, 250, 0.1, dtype) == pytest.approx(1, abs=0.08)
 
 
 @BUILT

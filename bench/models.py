@@ -103,6 +103,7 @@ def write_config(folder: Path, config: BackboneConfig, dtype: torch.dtype) -> No
         "sliding_window": config.window, "max_position_embeddings": config.max_positions, "hidden_act": "silu",
         "tie_word_embeddings": False, "bos_token_id": BOS, "eos_token_id": EOS,
     }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -129,7 +130,6 @@ def write_model(
 
     device: draws the weights; one tensor is in memory at a time.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config, dtype)
     write_tokenizer(folder, texts, config.vocab_size)
     write_hf_weights(folder, config, ((n, t.cpu()) for n, t in random_tensors(config, dtype, device)), dtype)

@@ -1,4 +1,4 @@
-"""Hold a plan's memory against a step's: python -m bench.plan [--config CONFIG] [--tokens 2048 8192] [--dry].
+"""Hold a plan's memory against a step's: python -m bench.plan [--config CONFIG] [KEY=VALUE ...] [--dry].
 
 A model of the config's sizes with random weights does one step, of two micro-batches of --tokens on each rank, under
 each recompute policy; predicted is the ledger of e5core.memory, measured what torch's allocator held at most: by CUDA's
@@ -13,12 +13,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
 
 from bench.dry_run import dry_run
-from bench.models import filled_model
+from bench.models import SIZES, filled_model, write_config
 from bench.op import allocations
 from bench.roofline import device_name, record
 from e5core.batches import GlobalBatch
@@ -34,7 +35,7 @@ from e5core.step import backward_step, make_optimizer
 from e5core.weights import read_config, resolve_model
 from e5kernels.infonce import Relations
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def random_batch(n_tokens: int, length: int, vocab_size: int, world: World) -> GlobalBatch:
@@ -74,7 +75,7 @@ def measure(config: Config, setting: Setting, length: int, world: World, device:
 
     measured = allocations(begin, world.device)[0] + allocations(step, world.device)[1]
     predicted = sum(lines.values())
-    row = {"bench": "plan", "model": Path(source.path).name, "dtype": str(dtype), "frozen_dtype": source.frozen_dtype}
+    row = {"dtype": str(dtype).removeprefix("torch."), "frozen_dtype": source.frozen_dtype}
     row |= {"full": config.train.full, "strategy": setting.strategy, "ranks": world.world_size}
     row |= {"recompute": setting.recompute, "micro_batch_tokens": budget, "candidates": batch.n_queries}
     return row | {
@@ -86,11 +87,35 @@ def measure(config: Config, setting: Setting, length: int, world: World, device:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every policy at every micro-batch size, a row each.  Returns the exit status."""
+    arguments = _arguments(argv)
+    config = load_config(Config, arguments.config, arguments.overrides)
+    if arguments.dry:
+        world, device, name = World(rank=0, world_size=arguments.world_size, device=CPU), CUDA, "dry_run"
+    else:
+        world = start()
+        device, name = world.device, device_name(world.device)
+    out = arguments.out or Path(f"bench/results/{name}.jsonl")
+    with dry_run() if arguments.dry else nullcontext(), TemporaryDirectory() as folder:
+        if arguments.random:
+            write_config(Path(folder), SIZES[arguments.random], torch.bfloat16)
+            config = replace(config, backbone=replace(config.backbone, path=folder))
+        for policy, n_tokens in product(arguments.recompute, arguments.tokens):
+            row = measure(config, Setting(arguments.strategy, n_tokens, policy), arguments.length, world, device)
+            model = f"random {arguments.random}" if arguments.random else Path(config.backbone.path).name
+            if world.is_main:
+                record({"bench": "plan", "dry": arguments.dry, "model": model} | row, world.device, out)
+    finish()
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, as e5core.plan takes them")
     parser.add_argument("--config", type=Path, default=Path("configs/smollm2.toml"), help="whose backbone and adapters")
-    parser.add_argument("--model", help="in place of the config's backbone.path; config.json is enough")
+    parser.add_argument("--random", choices=SIZES, help="sizes of bench/models.py in place of those of backbone.path")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096], help="of a micro-batch")
     parser.add_argument("--length", type=int, default=128, help="of a text in tokens, which says how many there are")
+    parser.add_argument("--recompute", nargs="+", choices=get_args(Policy), default=get_args(Policy))
     parser.add_argument("--strategy", choices=("none", "hybrid", "full"), default="none")
     parser.add_argument("--dry", action="store_true", help="count what a GPU would be asked for, without one")
     parser.add_argument("--world-size", type=int, default=1, help="of a dry run, which is rank 0's")
@@ -102,22 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--dry has no other rank to ask how nodes are made up, as --strategy hybrid does")
     if not arguments.dry and arguments.world_size > 1:
         parser.error("--world-size is a dry run's; start real ranks by torchrun")
-    config = load_config(Config, arguments.config)
-    if arguments.model:
-        config = replace(config, backbone=replace(config.backbone, path=arguments.model))
-    if arguments.dry:
-        world = World(rank=0, world_size=arguments.world_size, device=torch.device("cpu"))
-    else:
-        world = start()
-    device = CUDA if arguments.dry else world.device
-    out = arguments.out or Path(f"bench/results/{'dry_run' if arguments.dry else device_name(device)}.jsonl")
-    with dry_run() if arguments.dry else nullcontext():
-        for policy, n_tokens in product(get_args(Policy), arguments.tokens):
-            row = measure(config, Setting(arguments.strategy, n_tokens, policy), arguments.length, world, device)
-            if world.is_main:
-                record(row | {"dry": arguments.dry}, world.device, out)
-    finish()
-    return 0
+    return arguments
 
 
 if __name__ == "__main__":

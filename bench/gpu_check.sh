@@ -7,7 +7,8 @@
 #   tests  every kernel against its reference at Mistral-7B's shapes, odd lengths and texts of one token, then the
 #          kernels' other tests on CUDA                                        est. 5 min, most of it Triton's compiler
 #   ops    roofline, then one bench an op                                       est. 6 min, most of it torch.compile
-#   step   the step on W64, 512 and 2,048 triples beside transformers + PEFT, and where its time goes      est. 8 min
+#   step   where the time of a step on W64 goes, planned memory beside the card's own count (within 10%; a dry run of
+#          the same: --dry), the step on W64, 512 and 2,048 triples beside transformers + PEFT             est. 8 min
 #   entry  the real entry at full size, killed, resumed, exported; encoding beside sentence-transformers   est. 8 min
 #
 # Needs torch with CUDA, triton, pytest (with xdist), transformers, peft, sentence-transformers and e5core's own
@@ -66,6 +67,7 @@ ops)
   ;;
 step)
   part step 130 python3 -m bench.step_profile --device cuda --random 7b --triples 64 --out "$out/step.jsonl" "${variant[@]}"
+  part step 60 python3 -m bench.plan --random 7b --config configs/e5_mistral_7b.toml --tokens 8192 --out "$out/step.jsonl"
   part step $((530 - SECONDS)) python3 -m bench.train_step --device cuda --random 7b --row-deadline $((390 - SECONDS)) \
     --out "$out/step.jsonl" "${variant[@]}"
   ;;

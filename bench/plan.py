@@ -1,4 +1,4 @@
-"""Hold a plan's memory against a step's: python -m bench.plan [--config CONFIG] [KEY=VALUE ...] [--dry].
+"""Hold a plan's memory against a step's: python -m bench.plan [KEY=VALUE ...] [--config CONFIG] [--dry].
 
 A model of the config's sizes with random weights does one step, of two micro-batches of --tokens on each rank, under
 each recompute policy; predicted is the ledger of e5core.memory, measured what torch's allocator held at most: by CUDA's
@@ -120,7 +120,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="count what a GPU would be asked for, without one")
     parser.add_argument("--world-size", type=int, default=1, help="of a dry run, which is rank 0's")
     parser.add_argument("--out", type=Path, help="JSON-lines file to append to (default: bench/results/DEVICE.jsonl)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # overrides and options in any order
     if any(n % arguments.length for n in arguments.tokens):
         parser.error(f"--tokens must be multiples of --length {arguments.length}: got {arguments.tokens}")
     if arguments.dry and arguments.strategy == "hybrid":

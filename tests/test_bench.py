@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 import bench.full_size
+import bench.plan
 import bench.step_profile
 from bench.models import MISTRAL, SIZES, linears, random_model, write_model
 from bench.op import Case, Settings, Work, rows_of, run
@@ -283,6 +284,35 @@ def test_a_written_model_is_a_folder_that_our_tokenizer_reads(tmp_path: Path) ->
     (ids,), _ = tokenizer.encode_batch(["two three"], 16)
     assert ids[0] == 1 and ids[-1] == 2 and tokenizer.decode(ids[1:-1]) == "two three"
     assert MISTRAL.hidden_dim == 14336
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry", "--world-size", "3", "--strategy", "full"]])
+def test_planned_memory_is_told_beside_what_was_allocated(dry: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = ["backbone.dtype=float32", "--random", "tiny", "--tokens", "256", "--out", str(out), "--length", "64"]
+    assert bench.plan.main([*command, "--recompute", "none", "block", *dry]) == 0
+    rows = rows_in(out)
+    assert [row["recompute"] for row in rows] == ["none", "block"]
+    for row in rows:
+        assert (row["bench"], row["dry"], row["ranks"]) == ("plan", bool(dry), 3 if dry else 1)
+        assert row["predicted_mib"] > 0 and row["ratio"] == pytest.approx(1, abs=0.1)
+    assert rows[0]["measured_mib"] > rows[1]["measured_mib"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tokens", "100"], "multiples of --length 128: got [100]"),
+        (["--dry", "--strategy", "hybrid"], "--dry has no other rank to ask"),
+        (["--world-size", "2"], "start real ranks by torchrun"),
+    ],
+)
+def test_a_plan_s_bench_refuses_what_it_cannot_do(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.plan.main(arguments)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow  # five processes, 36 s

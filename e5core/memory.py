@@ -2,7 +2,8 @@
 
 That moment is in the backward pass, when it reaches the feed-forward of the last block but one and no activation before
 it is free yet; the last block, which has little but keys and values of all tokens, is done and free by then. (Pooled
-by a mean, the last block is as full as the others, and that moment is at its feed-forward.)
+by a mean, the last block is as full as the others, and that moment is at its feed-forward.) By kernels without
+recompute it may be in the last block, when its k and v take their gradients.
 Kept till then, a token and block (e bytes an element; w = max(4, e); adapters on all linears, R wide; compiled ops):
 
     attention      x, its rms (w), h = norm(x), q, k turned, v, out, log-sum-exp (H w), z of wq wk wv wo
@@ -269,32 +270,35 @@ class _Tokens:
 
     def working(self, policy: Policy, n_tokens: int) -> int:
         """Return what the backward pass takes at the last block but one: replayed activations, gradients in flight."""
-        c, x = self.c, self.c.dim * self.e
+        x = self.c.dim * self.e
+        shared = x if not self.plain[rms_norm] or self.e == self.wide else 0  # the replay's norm keeps the saved x
+        replayed = {"none": 0, "mlp": self.feed() - shared + x, "block": self.attention() + self.feed() - shared + x}
+        in_flight = self._in_flight()
+        if policy == "none" and self.pooling == "last" and self.fused:
+            in_flight = max(in_flight, self._last_block())
+        peak = n_tokens * (replayed[policy] + in_flight)
+        if self.widest and self.plain[fp8]:  # w_down's transposed codes and their places in a table, g's values, dx
+            decoded = (self.wide + 4) * self.widest + n_tokens * (x + self.wide * (self.c.dim + self.c.hidden_dim))
+            peak = max(peak, n_tokens * replayed[policy] + decoded)
+        return peak
+
+    def _in_flight(self) -> int:
+        """Return what a token has of gradients while those of gate and up are made."""
+        x, f, adapted = self.c.dim * self.e, self.c.hidden_dim, "w_down" in self.lora.targets
         in_flight = x
-        if (
-            c.post_norms
-        ):  # by a kernel, w_down's own gradient is not the fullest moment, and after it that norm's is free
-            in_flight += -self._norm(c.dim) if self.fused else x
-        adapted, f = "w_down" in self.lora.targets, c.hidden_dim
-        late = not adapted or self.full and self.plain[rms_norm]
-        in_flight += (3 if late else 2) * f * self.e  # of gate, up and their product, less the freed product
+        if self.c.post_norms:  # by kernels, what such a norm kept is free by then
+            in_flight += -self._norm(self.c.dim) if self.fused else x
+        is_kept = adapted and not (self.full and self.plain[rms_norm])  # the product, which is free by then
+        in_flight += (2 if is_kept else 3) * f * self.e  # of gate, up and the product, less the latter
         if adapted and self.lora.dropout and not self.fused:
             drawn = f * self.e
             if self.plain[dropout]:  # bits, mask, the product in wide, what is chosen from it
                 drawn = f * (2 + 2 * self.wide + (self.wide if self.e != self.wide else 0))
             in_flight = max(in_flight, x + 2 * f * self.e + drawn)
-        shared = x if not self.plain[rms_norm] or self.e == self.wide else 0  # the replay's norm keeps the saved x
-        last = self._last_block() if policy == "none" and self.pooling == "last" and self.fused else 0
-        in_flight = max(in_flight, last)
-        replayed = {"none": 0, "mlp": self.feed() - shared + x, "block": self.attention() + self.feed() - shared + x}
-        peak = n_tokens * (replayed[policy] + in_flight)
-        if self.widest and self.plain[fp8]:  # w_down's transposed codes and their places in a table, g's values, dx
-            decoded = (self.wide + 4) * self.widest + n_tokens * (x + self.wide * (c.dim + f))
-            peak = max(peak, n_tokens * replayed[policy] + decoded)
-        return peak
+        return in_flight
 
     def _last_block(self) -> int:
-        """Return what a token has there when the last block's k and v take their gradients: x, h, and all of these."""
+        """Return what a token has while the last block's k and v take their gradients: x, h and theirs, k's and v's."""
         c, e = self.c, self.e
         wide = c.dim + self.spare[("wq", "wk", "wv")]
         n_adapted = sum(name in self.lora.targets for name in ("wk", "wv"))

@@ -7,7 +7,7 @@ Not seen are what cuBLAS keeps for itself (32 MiB on Hopper), what torch's own C
 NCCL keeps, and that CUDA's allocator rounds to 512 bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -86,18 +86,25 @@ def _zeroed(x: Tensor) -> Tensor:
 
 @contextmanager
 def dry_run() -> Iterator[None]:
-    """Do everything within a with block as on a GPU, on CPU tensors, but launch no kernel and compute nothing large.
+    """Do everything within a with block as on a GPU, on CPU tensors, but launch no kernel and compute nothing large."""
+    with as_on_a_gpu("cpu"), Uncomputed():
+        yield
+
+
+@contextmanager
+def as_on_a_gpu(device: str, launch: Callable[..., None] = lambda *arguments, **settings: None) -> Iterator[None]:
+    """Take the ways of a GPU on devices of this type, with `launch` in place of every launch of a Triton kernel.
 
     Nor is any other rank spoken to: what would come from it is left as it is, so that one process can be one of many.
     """
+    gpus = (device, "cuda")
     with ExitStack() as stack:
         for room in ROOMS:
-            stack.enter_context(patch.object(room, "face", lambda device: "triton"))
+            stack.enter_context(patch.object(room, "face", lambda own: "triton" if own.type in gpus else "reference"))
         for room in (fp8, fp8_linear):
-            stack.enter_context(patch.object(room, "multiplies_codes", lambda device: True))
+            stack.enter_context(patch.object(room, "multiplies_codes", lambda own: own.type in gpus))
         for function in (JITFunction, InterpretedFunction):  # a kernel is either, by TRITON_INTERPRET
-            stack.enter_context(patch.object(function, "run", lambda *args, **settings: None))
+            stack.enter_context(patch.object(function, "run", launch))
         for name in filter(vars(dist).__contains__, COLLECTIVES):  # by torch's version
-            stack.enter_context(patch.object(dist, name, lambda *args, **settings: None))
-        stack.enter_context(Uncomputed())
+            stack.enter_context(patch.object(dist, name, lambda *arguments, **settings: None))
         yield

@@ -215,17 +215,18 @@ class Encoder:
             progress.expect(len(formatted), n_tokens)
         vectors = torch.empty(len(own), self.dim, device=self.device)
         packed, shards = pack(sequences, self.batch_tokens, self.device, self.share_prefix), self.model.shards
-        idle = [] if shards is None else [None] * (largest(len(packed), self.world) - len(packed))
+        rows = [batch.rows.tolist() for batch in packed]  # now: a GPU would have to end all that it has been given
+        idle = [] if shards is None else [(None, [])] * (largest(len(packed), self.world) - len(packed))
         until_asked = self.preemption.between if shards is None else self.preemption.together
         with self.preemption.phase():
-            for batch in until_asked([*packed, *idle]):
+            for batch, own_rows in until_asked([*zip(packed, rows, strict=True), *idle]):
                 if batch is None:
                     shards.idle(backward=False)
                     continue
                 found = self.model(batch, normalize=normalize)
                 vectors[batch.rows] = (unit_prefix(found, self.dim) if normalize else found[:, : self.dim]).float()
                 if progress is not None:
-                    progress.advance(len(batch.rows), sum(lengths[row] for row in batch.rows.tolist()))
+                    progress.advance(len(own_rows), sum(lengths[row] for row in own_rows))
         if shards is not None:
             shards.release()
         vectors = gather_rows(vectors, shares, self.world)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from e5core import checkpoint
 from e5core.batches import BatchConfig, GlobalBatch, build_batch
+from e5core.distributed import ALONE, World
 from e5core.records import read_records
 from e5core.tokenizer import Tokenizer
 from e5core.train import Config, train
@@ -40,10 +41,10 @@ warmup_steps = 2
 """
 
 
-def batch_of(embedder: Path, n: int = 24) -> GlobalBatch:
+def batch_of(embedder: Path, n: int = 24, world: World = ALONE) -> GlobalBatch:
     records, _ = read_records([SYNTHETIC / "en_short_long_a.jsonl"])
     config = BatchConfig(size=n, max_tokens=60, negatives=1)
-    return build_batch(records[:n], Tokenizer.load(embedder), config, seed=1, step=4)
+    return build_batch(records[:n], Tokenizer.load(embedder), config, seed=1, step=4, world=world)
 
 
 def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ def _store_rows(x, q_ptr, scale_ptr, rows, columns, n_rows, dim):
     tl.store(scale_ptr + rows, tl.math.div_rn(amax, LARGEST), mask=rows < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _quantise_rows_kernel(
     x_ptr, codes_ptr, scale_ptr, n_rows, dim, x_stride, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -61,7 +61,7 @@ def _quantise_rows_kernel(
     _store_rows(x, codes_ptr, scale_ptr, rows, columns, n_rows, dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _add_rms_norm_rows_kernel(
     x_ptr, added_ptr, weight_ptr, h_ptr, y_ptr, codes_ptr, scale_ptr, n_rows, dim, x_stride, eps, ADDS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -83,7 +83,7 @@ def _add_rms_norm_rows_kernel(
     _store_rows(y.to(tl.float32), codes_ptr, scale_ptr, rows, columns, n_rows, dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _glu_rows_kernel(
     gate_ptr, up_ptr, y_ptr, codes_ptr, scale_ptr, n_rows, dim, gate_stride, up_stride, GELU: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,

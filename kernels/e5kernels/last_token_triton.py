@@ -22,7 +22,7 @@ def _last_row(cu_seqlens_ptr, sequence, n_sequences, n_tokens, dim):
     return end.to(tl.int64) - 1, tl.where(lawful, dim, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_sequences", "n_tokens"])
 def _last_token_forward_kernel(
     hidden_ptr, cu_seqlens_ptr, pooled_ptr, n_sequences, n_tokens, dim, BLOCK_D: tl.constexpr
 ):
@@ -34,7 +34,7 @@ def _last_token_forward_kernel(
     tl.store(pooled_ptr + sequence * dim + columns, values, mask=columns < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_sequences", "n_tokens"])
 def _last_token_backward_kernel(
     d_pooled_ptr, cu_seqlens_ptr, d_hidden_ptr, n_sequences, n_tokens, dim, BLOCK_D: tl.constexpr
 ):

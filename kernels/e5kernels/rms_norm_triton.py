@@ -43,7 +43,7 @@ def _inverse_rms(x, dim, eps):
     return tl.rsqrt(tl.sum(x * x, 1) / dim + eps)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_inner"])
 def _rms_norm_forward_kernel(
     x_ptr, added_ptr, weight_ptr, h_ptr, y_ptr, n_inner, dim, x_outer_stride, x_inner_stride, y_stride, eps,
     ADDS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -62,7 +62,7 @@ def _rms_norm_forward_kernel(
     tl.store(y_ptr + row * y_stride + columns, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "n_inner"])
 def _rms_norm_backward_kernel(
     g_ptr, dh_ptr, x_ptr, weight_ptr, dx_ptr, d_weight_ptr, n_tiles, n_inner, dim, g_stride, x_outer_stride,
     x_inner_stride, eps, HAS_DH: tl.constexpr, D_WEIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,

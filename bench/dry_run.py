@@ -31,6 +31,7 @@ COLLECTIVES = (
 SMALL = 4 * MIB  # bytes of a tensor whose numbers a step may read: ids, bounds, relations, embeddings, the loss
 aten = torch.ops.aten
 FILLED = (aten.full, aten.full_like, aten.new_full, aten.new_zeros, aten.ones_like, aten.zeros, aten.zeros_like)
+LAID_OUT = (aten._unsafe_view, aten.resize_, aten.set_)  # nothing is computed, whatever their schemas say
 PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten._scaled_mm)  # never done: a CPU's take memory that a GPU's do not
 
 
@@ -46,13 +47,13 @@ class Uncomputed(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         is_meta = torch.device("meta") in (kwargs.get("device"), *(x.device for x in given))
         is_large = name in (*FILLED, *PRODUCTS) or not all(map(_is_small, given))
-        if op.is_view or is_meta or not is_large:
+        if op.is_view or name in LAID_OUT or is_meta or not is_large:
             results = op(*args, **kwargs)
             return tree_map_only(Tensor, _zeroed, results) if "empty" in name.__name__ else results
         self.n_left_out += 1
-        if op._schema.is_mutable:
-            return _written(op, args, kwargs)
         shapes = _on_meta(op, args, kwargs)
+        if op._schema.is_mutable:
+            return _written(op, args, kwargs, shapes)
         if name in FILLED and all(_is_small(x) for x in tree_leaves(shapes)):
             return op(*args, **kwargs)
         return tree_map_only(Tensor, lambda x: _zeroed(_like(x, "cpu")), shapes)
@@ -64,12 +65,27 @@ def _on_meta(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return op(*args, **kwargs | ({"device": torch.device("meta")} if "device" in kwargs else {}))
 
 
-def _written(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Return what an op returns that writes into its arguments: these."""
+def _written(op: Any, args: tuple, kwargs: dict[str, Any], shapes: Any) -> Any:
+    """Return what an op returns that writes into its arguments: these, if they have the shapes of its results."""
     schema = op._schema
     named = {a.name: x for a, x in zip(schema.arguments, args, strict=False)} | kwargs
     written = [named[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    for x, wanted in zip(written, tree_leaves(shapes), strict=False):
+        if x.shape != wanted.shape:
+            raise NotImplementedError(
+                f"{op} would resize {tuple(x.shape)} to {tuple(wanted.shape)}, not seen in a dry run"
+            )
     return written[0] if len(schema.returns) == 1 else tuple(written[: len(schema.returns)])
+
+
+class _Work:
+    """A collective that is under way: it holds its tensors until it is waited for, as NCCL's does."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.held = arguments
+
+    def wait(self) -> None:
+        self.held = ()
 
 
 def _like(x: Tensor, device: str) -> Tensor:
@@ -106,5 +122,5 @@ def as_on_a_gpu(device: str, launch: Callable[..., None] = lambda *arguments, **
         for function in (JITFunction, InterpretedFunction):  # a kernel is either, by TRITON_INTERPRET
             stack.enter_context(patch.object(function, "run", launch))
         for name in filter(vars(dist).__contains__, COLLECTIVES):  # by torch's version
-            stack.enter_context(patch.object(dist, name, lambda *arguments, **settings: None))
+            stack.enter_context(patch.object(dist, name, _Work))
         yield

@@ -5,17 +5,18 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 import torch
 from torch import Tensor
 
 from e5core.backbone import BackboneConfig
+from e5core.distributed import ALONE, World
 from e5core.encoder import BackboneSource, EmbeddingModel, build_model
 from e5core.lora import LoraConfig
 from e5core.model_files import shapes_of, write_hf_weights
 from e5core.recompute import Policy
+from e5core.sharding import Strategy
 from e5core.weights import read_config
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -77,12 +78,14 @@ def filled_model(
     dtype: torch.dtype,
     device: torch.device,
     recompute: Policy = "none",
-    **held: Any,
+    full: bool = False,
+    strategy: Strategy = "none",
+    world: World = ALONE,
 ) -> EmbeddingModel:
     """Build a model as a run does, by encoder.build_model, with random weights in place of its files'.
 
     path: says what the decoder is; config.json is enough.  source: the [backbone] table; its path and dtype are not
-    looked at.  held: that function's full, strategy and world.
+    looked at.  The last three are that function's.
     Raises ValueError for a key of the table that is not handed on here: the model would not be what it says.
     """
     form = {"causal": source.causal, "pooling": source.pooling, "fp8_skip": source.skipped}
@@ -90,6 +93,7 @@ def filled_model(
     if unheard:
         raise ValueError(f"bench/models.py does not hand on backbone.{unheard[0]}; make it do so")
     weights = random_tensors(read_config(path), dtype, device)
+    held = {"full": full, "strategy": strategy, "world": world}
     return build_model(path, dtype, device, lora=lora, seed=0, recompute=recompute, tensors=weights, **form, **held)
 
 

@@ -156,13 +156,13 @@ def ledger(
     own_adapters = wide * sizes.adapters // shards
     gathered = 2 * (block + wide * sizes.adapters // n_layers) + e * sizes.root  # which stays whole beside two blocks
     tokens = _Tokens(sizes, dtype, device)
-    kept_first = tokens.kept(setting.recompute, load.tokens)  # while the loss is computed, too
+    kept_first = tokens.kept(setting.recompute, load.tokens)
     first = kept_first + tokens.working(setting.recompute, load.tokens)
     later = tokens.kept(setting.recompute, load.next_tokens) + tokens.working(setting.recompute, load.next_tokens)
     gradients = wide * sizes.adapters if later + wide * sizes.adapters > first else 0  # the fullest goes first
     at_peak = load.next_tokens if gradients else load.tokens
     kept, working = tokens.kept(setting.recompute, at_peak), tokens.working(setting.recompute, at_peak)
-    in_loss = kept_first + _loss_bytes(sizes, load, wide, device)
+    in_loss = kept_first + tokens.last_kept(setting.recompute, load) + _loss_bytes(sizes, load, wide, device)
     summed = 0 if ranks.world_size == 1 else 2 * wide * sizes.adapters - gradients  # when nothing is kept any more
     return {
         "frozen weights": (block * n_layers + e * sizes.root) // shards,
@@ -198,7 +198,8 @@ def _full_ledger(
         flat = max(e * own, (e + wide) * block - working)
         moments.append((gradients, tokens.kept(setting.recompute, n_tokens), working, flat) if n_tokens else (0,) * 4)
     gradients, kept, working, flat = max(moments, key=sum)
-    in_loss = tokens.kept(setting.recompute, load.tokens) + _loss_bytes(sizes, load, wide, device)
+    in_loss = tokens.kept(setting.recompute, load.tokens) + tokens.last_kept(setting.recompute, load)
+    in_loss += _loss_bytes(sizes, load, wide, device)
     return {
         "masters (fp32)": masters,
         "gathered units": e * (2 * block + root),
@@ -297,12 +298,24 @@ class _Tokens:
             in_flight = max(in_flight, x + 2 * f * self.e + drawn)
         return in_flight
 
+    def last_kept(self, policy: Policy, load: Load) -> int:
+        """Return what the fullest micro-batch keeps besides, in the last block, while the loss is computed."""
+        if self.pooling != "last":
+            return 0
+        x, n_last = self.c.dim * self.e, load.texts * load.tokens // load.all_tokens
+        if policy == "block":
+            return load.tokens * x
+        return load.tokens * self._last_kept() + n_last * (self.attention() + (self.feed() if policy == "none" else x))
+
+    def _last_kept(self) -> int:
+        """Return what a token keeps in the last block, be it no text's last: x, h, k and v."""
+        c, n_adapted = self.c, sum(name in self.lora.targets for name in ("wk", "wv"))
+        h = c.dim + self.spare[READERS[0]] + n_adapted * self.lora.rank if n_adapted else 0
+        return self._norm(c.dim) + (h + 2 * self.kv) * self.e
+
     def _last_block(self) -> int:
-        """Return what a token has while the last block's k and v take their gradients: x, h and theirs, k's and v's."""
-        c, e = self.c, self.e
-        wide = c.dim + self.spare[("wq", "wk", "wv")]
-        n_adapted = sum(name in self.lora.targets for name in ("wk", "wv"))
-        return self._norm(c.dim) + (c.dim + 4 * wide + 2 * self.kv + n_adapted * self.lora.rank) * e
+        """Return what a token has while the last block's k and v, and by them its h and x, take their gradients."""
+        return self._last_kept() + (4 * self.c.dim + 3 * self.spare[READERS[0]]) * self.e
 
     def attention(self) -> int:
         """Return what a token keeps of x + attention(norm(x)) in one block."""

@@ -215,7 +215,7 @@ class Encoder:
             progress.expect(len(formatted), n_tokens)
         vectors = torch.empty(len(own), self.dim, device=self.device)
         packed, shards = pack(sequences, self.batch_tokens, self.device, self.share_prefix), self.model.shards
-        rows = [batch.rows.tolist() for batch in packed]  # now: a GPU would have to end all that it has been given
+        rows = [batch.rows.tolist() for batch in packed]  # read now: later the host would wait for all that is queued
         idle = [] if shards is None else [(None, [])] * (largest(len(packed), self.world) - len(packed))
         until_asked = self.preemption.between if shards is None else self.preemption.together
         with self.preemption.phase():

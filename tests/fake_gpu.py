@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.dry_run import as_on_a_gpu
+from bench.dry_run import PRODUCTS, as_on_a_gpu
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 class FakeGpu(TorchDispatchMode):
     """Counts what is read from the device, and what mixes devices, by the room and function of ours that asked.
 
-    waits: those reads before which a kernel was launched and nothing read since, so that a GPU would have to end it.
+    waits: those reads before which a kernel or a product was launched, and nothing read since, which a GPU has to end.
     """
 
     def __init__(self) -> None:
@@ -57,6 +57,7 @@ class FakeGpu(TorchDispatchMode):
                 self.waits[_asked_by()] += 1
             self.is_busy = False
             return read
+        self.is_busy |= META in here and name in PRODUCTS
         is_copy = name in (aten._to_copy, aten.copy_)  # to the device; the others are reads
         numbers = {x.device for x in given if x.ndim or x.device == META}  # a CPU's single number goes anywhere
         if len(numbers) > 1 and not is_copy:

@@ -1,6 +1,7 @@
 """A plan's memory is what a step allocates: on this CPU, and, run dry, on a GPU, at Mistral-7B's own sizes too."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from peaks import CPU, allocated_peak, built, predicted_over_counted, save_wider
 from tiny_runs import ROOT, batch_of
 from torch import Tensor
 
+import e5kernels
 from bench import dry_run as dry
 from bench.models import MISTRAL, write_config
 from bench.plan import CUDA, measure
@@ -23,6 +25,7 @@ from e5core.memory import Setting
 from e5core.recompute import Policy
 from e5core.run import Config
 from e5core.step import backward_step
+from e5kernels import native
 
 WHOLE = 100_000
 each_policy = pytest.mark.parametrize("policy", ["none", "mlp", "block"])
@@ -103,6 +106,19 @@ def test_to_compute_nothing_changes_no_allocation(
     with dry.Uncomputed() as seen:
         assert peak() == pytest.approx(real, rel=0.002)
     assert seen.n_left_out > 500
+
+
+def test_a_dry_run_knows_all_rooms_that_have_faces() -> None:
+    names = [file.stem for file in Path(e5kernels.__file__).parent.glob("*.py")]
+    rooms = {room for name in names if hasattr(room := import_module(f"e5kernels.{name}"), "face")}
+    assert rooms - {native} == set(dry.ROOMS)
+
+
+def test_what_would_be_resized_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry, "SMALL", 64)
+    x = torch.ones(40, 40)
+    with dry.Uncomputed(), pytest.raises(NotImplementedError, match="resize"):
+        torch.add(x, 1, out=torch.empty(0))
 
 
 def test_what_is_not_computed_has_the_form_of_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +213,15 @@ def test_so_it_is_in_fp8_at_7b(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", ["none", "block"])
 def test_so_it_is_for_one_of_8_ranks_that_hold_an_eighth(policy: Policy, tmp_path: Path) -> None:
     assert ratio_at_7b(seven_b(tmp_path), policy, 8192, "full", 8) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("policy", ["none", "mlp", "block"])
+def test_where_the_loss_is_the_fullest_moment_it_is_not_told_too_low(policy: Policy, tmp_path: Path) -> None:
+    config = seven_b(tmp_path)
+    write_config(tmp_path, replace(MISTRAL, n_layers=2), torch.bfloat16)
+    with dry.dry_run():
+        row = measure(config, Setting("none", 8192, policy), 4, World(rank=0, world_size=8, device=CPU), CUDA)
+    assert row["candidates"] == 16_384 and 0.995 < row["ratio"] < 1.08
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("none", 1), ("full", 8)])

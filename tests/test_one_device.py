@@ -69,7 +69,7 @@ def model_of(config: Config, folder: Path, policy: Any, strategy: Any, world: Wo
 @pytest.mark.parametrize(
     ("policy", "strategy", "n_ranks"), [("none", "none", 1), ("block", "none", 2), ("mlp", "full", 2)]
 )
-def test_a_step_waits_for_the_gpu_at_its_end_alone(
+def test_a_step_waits_for_the_gpu_at_its_end_alone(  # ranks that watch for SIGTERM wait for one another besides
     options: list[str], policy: str, strategy: str, n_ranks: int, embedder: Path, gpu: FakeGpu
 ) -> None:
     config = load_config(Config, ROOT / "configs/e5_mistral_7b.toml", [f"backbone.path={embedder}", *options])
@@ -80,8 +80,10 @@ def test_a_step_waits_for_the_gpu_at_its_end_alone(
     gpu.begin()
     backward_step(model, batch, config.loss, 250, (0, 0), world)
     assert gpu.waits == AT_THE_END
+    gpu.begin()
+    optimizer.clip_gradients()
     optimizer.update(1e-4)
-    assert not gpu.mixed
+    assert gpu.reads == {"optim.py:clip_gradients": 1} and not gpu.mixed
 
 
 @pytest.mark.parametrize("batch_tokens", [10_000, 50])
@@ -103,6 +105,10 @@ def test_the_fake_gpu_tells_what_a_gpu_would_not_do(gpu: FakeGpu) -> None:
     there * torch.tensor(2.0)
     there.copy_(here)
     assert len(gpu.mixed) == 2 and not gpu.reads
+    for n in (1, 2, 3):
+        there = there @ there
+        assert there.sum().item() == 1 and gpu.waits.total() == n
+    gpu.begin()
     reads = (there.cpu, there.sum().item, lambda: bool(there.any()), there.tolist, lambda: here.copy_(there))
     for n, read in enumerate(reads, 1):
         read()

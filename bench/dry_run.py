@@ -72,8 +72,8 @@ def _written(op: Any, args: tuple, kwargs: dict[str, Any], shapes: Any) -> Any:
     written = [named[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     for x, wanted in zip(written, tree_leaves(shapes), strict=False):
         if x.shape != wanted.shape:
-            raise NotImplementedError(
-                f"{op} would resize {tuple(x.shape)} to {tuple(wanted.shape)}, not seen in a dry run"
+            raise RuntimeError(
+                f"{op} resizes {tuple(x.shape)} to {tuple(wanted.shape)}, which a dry run would not count"
             )
     return written[0] if len(schema.returns) == 1 else tuple(written[: len(schema.returns)])
 

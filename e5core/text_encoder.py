@@ -184,8 +184,8 @@ class Encoder:
 
         task: the instruction of queries (and of both sides in symmetric tasks), or the prefix, for a model that was
         trained with these; None for documents.
-        progress: told of every micro-batch's texts and their tokens, a shared prefix in each (other ranks' when their
-        vectors come); None shows nothing.
+        progress: told of every micro-batch's texts and their tokens, a shared prefix in each, as it is queued (other
+        ranks' when their vectors come); None shows nothing.
         Returns (n, dim) float32 in the order of the texts, unit rows unless `normalize` is false.
         Raises FloatingPointError where an embedding is not finite, ValueError for a task that its template has not,
         Preempted where `preemption` says to leave.

@@ -1,6 +1,5 @@
-"""A plan's memory is what is allocated, its products are what runs, its formulas are those of paper and pencil."""
+"""A plan's products are what runs, its formulas those of paper and pencil; its memory: tests/test_memory.py."""
 
-import json
 import os
 import re
 import subprocess
@@ -16,6 +15,7 @@ from peaks import CPU, built, save_wider
 from tiny_runs import CONFIG, ROOT, SYNTHETIC, batch_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.models import MISTRAL, write_config
 from e5core.batches import BatchConfig, pack
 from e5core.cards import CARDS
 from e5core.config import load_config
@@ -33,12 +33,6 @@ from e5core.weights import read_config
 from e5core.workload import Workload, assumed
 
 WHOLE = 100_000
-MISTRAL = {
-    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096,
-    "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-    "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096,
-    "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-}  # fmt: skip
 CUDA = torch.device("cuda")
 each_policy = pytest.mark.parametrize("policy", ["none", "mlp", "block"])
 
@@ -47,7 +41,7 @@ each_policy = pytest.mark.parametrize("policy", ["none", "mlp", "block"])
 def seven_b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with Mistral-7B's config.json and nothing else."""
     folder = tmp_path_factory.mktemp("seven_b")
-    (folder / "config.json").write_text(json.dumps(MISTRAL))
+    write_config(folder, MISTRAL, torch.bfloat16)
     return folder
 
 

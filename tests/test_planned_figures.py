@@ -1,14 +1,14 @@
 """The figures that pages call planned are what the plan says today; those of configs: tests/test_shipped_configs.py."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from scoring import ROOT
-from test_plan import MISTRAL
 
+from bench.models import MISTRAL, write_config
 from e5core.plan import main
 
 SCALING, PAPER_RUN, README = (
@@ -35,7 +35,7 @@ ROWS = rows()
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Planned:
     """Give what the pages' command says with options, where Mistral-7B's config.json is all there is."""
     monkeypatch.chdir(ROOT)
-    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    write_config(tmp_path, MISTRAL, torch.bfloat16)
 
     def run(options: str) -> str:
         assert main([*COMMAND, f"backbone.path={tmp_path}", *options.split()]) == 0

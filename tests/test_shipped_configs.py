@@ -10,8 +10,8 @@ import torch
 from models import SIZES, VARIANTS, randomised, save_embedder
 from safetensors.torch import load_file
 from scoring import ROOT
-from test_plan import MISTRAL
 
+from bench.models import MISTRAL, write_config
 from e5core.checkpoint import step_folder
 from e5core.config import load_config
 from e5core.encode import Encoder
@@ -72,7 +72,7 @@ def test_a_card_s_config_is_what_its_plan_says(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    write_config(tmp_path, MISTRAL, torch.bfloat16)
     head = file.read_text(encoding="utf-8").partition("\n\nextends")[0]
     command = re.search(r"-m e5core\.plan (.*)", head)[1].split()
     wanted = load_config(Config, file)
